@@ -1,0 +1,65 @@
+# Every target makes .venv when it needs one, and again when setup.cfg or constraints.txt changed.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+DEPENDENCIES := setup.cfg pyproject.toml constraints.txt
+
+.PHONY: help quickstart test test-all quality format bench docs clean distclean
+
+help:
+	@echo "quickstart  build a small chain from real text and make models of sizes in between"
+	@echo "test        the quick tests (minutes)"
+	@echo "test-all    every test"
+	@echo "quality     format, lint, types, documentation coverage"
+	@echo "format      let ruff format and mend what it can"
+	@echo "bench       the benchmarks, one after another"
+	@echo "docs        check the links of README.md and docs/"
+	@echo "clean       remove caches and outputs (distclean: .venv as well)"
+
+# $(call install,EXTRA): an environment with the package, editable, and one extra.
+define install
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing cbd_hub[$(1)] into $(VENV) (minutes the first time) ..."
+	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$(1)]'
+	@touch $@
+endef
+
+$(VENV)/.installed-test: $(DEPENDENCIES)
+	$(call install,test)
+
+$(VENV)/.installed-dev: $(DEPENDENCIES) | $(VENV)/.installed-test
+	$(call install,dev)
+
+quickstart: $(VENV)/.installed-test
+	$(RUN) examples/quickstart.py
+
+# Two processes of one thread each: tiny models gain nothing from more threads.
+test test-all: export OMP_NUM_THREADS = 1
+test: $(VENV)/.installed-test
+	$(RUN) -m pytest -n 2
+
+test-all: $(VENV)/.installed-test
+	$(RUN) -m pytest -n 2 -m ""
+
+quality: $(VENV)/.installed-dev
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(RUN) .ci/check_docs.py cbd_hub
+
+format: $(VENV)/.installed-dev
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(VENV)/.installed-test
+	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(RUN) "$$script"; done
+
+docs:
+	$(PYTHON) .ci/check_links.py README.md CONTRIBUTING.md CHANGELOG.md docs examples
+
+clean:
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache quickstart-output
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

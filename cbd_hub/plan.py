@@ -1,0 +1,365 @@
+"""The plan: everything that will be done to make one model, decided before a single weight is read.
+
+A plan is a frozen list of operations, one a tensor, and the numbers a person wants to know first: exact parameter
+count, alpha, bytes to read, expected loss. Printing it is the dry run; :mod:`cbd_hub.assemble` carries it out.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+from cbd_hub.axis_map import AxisMap
+from cbd_hub.chain import Anchor, IndexMap, Manifest
+from cbd_hub.errors import AxisMapError, SizeError, did_you_mean
+from cbd_hub.sizing import Sizes, count_parameters, format_count, parse_count, solve
+
+__all__ = ["METHODS", "Plan", "TensorOp", "make_plan"]
+
+METHODS = ("auto", "interpolate", "paper", "expand", "prune")
+"""What ``method=`` accepts."""
+
+EXPAND_BELOW = 0.45
+"""Where the width differs, the zero-padded small anchor beats interpolation below this position (measured)."""
+
+_SNAP = 0.001
+_ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class TensorOp:
+    """How one tensor of the target is made."""
+
+    name: str
+    pattern: str
+    shape: tuple[int, ...]
+    large: str | None
+    """Parameter of the large anchor to take a subset of, or None."""
+    small: str | None
+    """Parameter of the small anchor to place, or None. Neither: zeros."""
+    layer: int | None = None
+    """Layer of the large anchor whose unit orders apply."""
+    alpha: float = 0.0
+    """Weight of the small anchor where both contribute."""
+    masked: bool = True
+    """Whether units that only the large anchor has keep full weight (False: the paper's zero filling)."""
+    large_scale: float = 1.0
+    small_scale: float = 1.0
+    mean_axis: str | None = None
+    """Axis on which new units of an expanded tensor get the mean instead of zero."""
+
+    @property
+    def kind(self) -> str:
+        """What is done, in a word or two."""
+        if self.large and self.small:
+            return f"{self.alpha:.3g} small + {1 - self.alpha:.3g} large"
+        return "large" if self.large else "small" if self.small else "zeros"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model to be made: its shape, how, and what that costs."""
+
+    shape: Mapping[str, int]
+    """Sizes in the architecture's own config fields."""
+    num_parameters: int
+    """Exact; tied weights counted once."""
+    alpha: float
+    """Weight of the small anchor."""
+    method: str
+    """``anchor`` where the target is an anchor itself."""
+    small: str
+    large: str
+    """Names of the two anchors; the same where the target is an anchor itself."""
+    position: float
+    """r: 0 at the small anchor, 1 at the large one, linear in parameters."""
+    operations: tuple[TensorOp, ...] = field(repr=False)
+    bytes_to_read: int
+    expected_loss: float | None
+    """Held-out nats a token, from the chain's measured curve; None when it was not measured."""
+    notes: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict, repr=False)
+    """Sizes by axis."""
+    index_map: IndexMap | None = field(default=None, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values; operations as name, shape and kind."""
+        return {
+            "num_parameters": self.num_parameters,
+            "shape": dict(self.shape),
+            "method": self.method,
+            "alpha": self.alpha,
+            "position": self.position,
+            "small": self.small,
+            "large": self.large,
+            "bytes_to_read": self.bytes_to_read,
+            "expected_loss": self.expected_loss,
+            "notes": list(self.notes),
+            "operations": [{"name": op.name, "shape": list(op.shape), "kind": op.kind} for op in self.operations],
+        }
+
+    def __str__(self) -> str:
+        """A table for a person; layers of one pattern share a line."""
+        source = f"anchor {self.large!r} as it is"
+        if self.method != "anchor":
+            source = f"{self.method} between {self.small!r} and {self.large!r}, at position {self.position:.3f}"
+        expected = "not measured" if self.expected_loss is None else f"{self.expected_loss:.3f} nats a token expected"
+        lines = [
+            f"model      {format_count(self.num_parameters)} parameters ({self.num_parameters:,})",
+            "shape      " + ", ".join(f"{name} {value}" for name, value in self.shape.items()),
+            f"made by    {source}",
+            f"alpha      {self.alpha:.3f} (weight of the small anchor)",
+            f"to read    {self.bytes_to_read / 1e6:,.1f} MB of weights",
+            f"loss       {expected}",
+            *(f"note       {note}" for note in self.notes),
+            "",
+        ]
+        shapes: dict[str, str] = {}
+        kinds: dict[str, Counter[str]] = {}
+        for op in self.operations:
+            shapes[op.pattern] = " x ".join(map(str, op.shape))
+            kinds.setdefault(op.pattern, Counter())[op.kind] += 1
+        width, wide = max(map(len, shapes)), max(map(len, shapes.values()))
+        lines.append(f"{'tensor':<{width}}  {'shape':<{wide}}  made from (tensors)")
+        for pattern, shape in shapes.items():
+            made = ", ".join(f"{kind} ({count})" for kind, count in kinds[pattern].items())
+            lines.append(f"{pattern:<{width}}  {shape:<{wide}}  {made}")
+        return "\n".join(lines)
+
+
+def make_plan(
+    manifest: Manifest,
+    index_maps: Mapping[str, IndexMap],
+    num_parameters: int | str | None = None,
+    shape: Mapping[str, int] | None = None,
+    alpha: float | str = "auto",
+    method: str = "auto",
+    tolerance: float = 0.01,
+) -> Plan:
+    """Decides how a model is made: the shape, the adjacent pair of anchors, and one operation a tensor.
+
+    Args:
+        manifest: The chain's manifest.
+        index_maps: Correspondence of each pair, by the smaller anchor's name.
+        num_parameters: Parameter count, as an int or a string such as ``"138M"``.
+        shape: Or the shape, in the architecture's config fields; fields left out are those that both anchors share.
+        alpha: Weight of the small anchor, 0..1; ``"auto"`` is 1 - r (docs/design-notes.md has the measurements).
+        method: One of :data:`METHODS`.
+        tolerance: Largest relative error of the parameter count.
+
+    Cost: milliseconds; integers only.
+
+    Raises:
+        SizeError: Neither or both of the two given, a count that cannot be parsed, a target outside the chain's
+            range, or an unusable ``alpha``, ``method`` or ``tolerance``.
+    """
+    if (num_parameters is None) == (shape is None):
+        raise SizeError("give exactly one of num_parameters and shape")
+    if method not in METHODS:
+        raise SizeError(f"method is {method!r}; allowed: {', '.join(METHODS)}.{did_you_mean(str(method), METHODS)}")
+    if alpha != "auto" and not (isinstance(alpha, int | float) and 0 <= alpha <= 1):
+        raise SizeError(f"alpha is {alpha!r}; allowed: a number from 0 (large anchor) to 1 (small anchor), or 'auto'")
+    if not 0 <= tolerance < 1:
+        raise SizeError(f"tolerance is {tolerance!r}; allowed: 0 up to 1, e.g. 0.01 for one per cent")
+    axis_map = manifest.resolved_axis_map
+    if shape is not None:
+        small, large, sizes = _pair_for_shape(manifest, axis_map, shape)
+    else:
+        small, large, sizes = _pair_for_count(manifest, axis_map, parse_count(num_parameters or 0), tolerance)
+    count = count_parameters(axis_map, sizes)
+    span = large.num_parameters - small.num_parameters
+    position = (count - small.num_parameters) / span if span else 0.0
+    weight, notes = float(alpha) if alpha != "auto" else 1 - position, []
+    chosen = method
+    own = next((a for a in (small, large) if axis_map.sizes(a.shape) == sizes), None)
+    if method == "auto":
+        width_differs = (
+            small.shape != large.shape and manifest.sizes(small)["hidden"] != manifest.sizes(large)["hidden"]
+        )
+        chosen = "expand" if width_differs and position < EXPAND_BELOW and alpha == "auto" else "interpolate"
+        if small is not large and not small.aligned:
+            chosen = "expand" if position < 0.5 else "prune"
+            notes.append(
+                f"anchors {small.name!r} and {large.name!r} are not aligned: their weights cannot be averaged, "
+                f"so only the nearer one is used ({chosen})"
+            )
+    if own is not None and (small is large or (method in ("auto", "interpolate") and alpha == "auto")):
+        small = large = own
+        chosen, weight, index_map = "anchor", 1.0, None
+        operations = tuple(
+            TensorOp(n, p, axis_map.layout(p).shape(sizes), n, None) for n, p, _ in axis_map.names(sizes)
+        )
+    else:
+        weight = {"expand": 1.0, "prune": 0.0}.get(chosen, weight)
+        index_map = index_maps[small.name]
+        operations = _operations(
+            axis_map, manifest.sizes(small), manifest.sizes(large), sizes, index_map, chosen, weight
+        )
+    return Plan(
+        shape=axis_map.config_fields(sizes),
+        num_parameters=count,
+        alpha=weight,
+        method=chosen,
+        small=small.name,
+        large=large.name,
+        position=position,
+        operations=operations,
+        bytes_to_read=_bytes(axis_map, manifest, small, large, operations),
+        expected_loss=_expected_loss(manifest, count),
+        notes=tuple(notes),
+        sizes=sizes,
+        index_map=index_map,
+    )
+
+
+def _pair_for_count(
+    manifest: Manifest, axis_map: AxisMap, target: int, tolerance: float
+) -> tuple[Anchor, Anchor, dict[str, int]]:
+    anchors = manifest.anchors
+    counts = [a.num_parameters for a in anchors]
+    nearest = min(anchors, key=lambda a: abs(a.num_parameters - target))
+    error = abs(nearest.num_parameters - target) / target
+    outside = not counts[-1] <= target <= counts[0]
+    if error <= min(_SNAP, tolerance) or (outside and error <= tolerance):
+        return nearest, nearest, manifest.sizes(nearest)
+    if outside:
+        raise SizeError(
+            f"{format_count(target)} parameters ({target}) is outside this chain, which covers "
+            f"{format_count(counts[-1])} to {format_count(counts[0])} ({counts[-1]} to {counts[0]}); "
+            f"the nearest size is {format_count(nearest.num_parameters)} ({nearest.num_parameters})"
+        )
+    i = next(i for i, count in enumerate(counts) if count < target)
+    small, large = anchors[i], anchors[i - 1]
+    return small, large, solve(axis_map, target, manifest.sizes(small), manifest.sizes(large), tolerance)
+
+
+def _pair_for_shape(
+    manifest: Manifest, axis_map: AxisMap, shape: Mapping[str, int]
+) -> tuple[Anchor, Anchor, dict[str, int]]:
+    for name, value in shape.items():
+        if name not in axis_map.fields:
+            hint = did_you_mean(name, axis_map.fields)
+            raise SizeError(f"shape has no field {name!r}; allowed: {', '.join(axis_map.fields)}.{hint}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise SizeError(f"shape field {name!r} is {value!r}; expected a positive integer")
+    pairs = list(zip(manifest.anchors[1:], manifest.anchors, strict=False)) or [(manifest.anchors[0],) * 2]
+    for small, large in pairs:
+        low, high = manifest.sizes(small), manifest.sizes(large)
+        common = {f: v for f, v in small.shape.items() if large.shape[f] == v}
+        if missing := [f for f in axis_map.fields if f not in shape and f not in common]:
+            raise SizeError(f"shape lacks {', '.join(missing)}, in which the anchors differ")
+        try:
+            sizes = axis_map.sizes({**common, **shape})
+        except AxisMapError as error:
+            raise SizeError(f"shape {dict(shape)} is impossible: {error}") from None
+        if all(low[a] <= sizes[a] <= high[a] for a in sizes):
+            return small, large, sizes
+    ranges = ", ".join(
+        f"{f} {manifest.anchors[-1].shape[f]} to {manifest.anchors[0].shape[f]}" for f in axis_map.fields
+    )
+    raise SizeError(f"shape {dict(shape)} lies between no two adjacent anchors; the chain covers {ranges}")
+
+
+def _operations(
+    axis_map: AxisMap, small: Sizes, large: Sizes, target: Sizes, index_map: IndexMap, method: str, alpha: float
+) -> tuple[TensorOp, ...]:
+    """One operation a tensor. Which blocks correspond follows from the pair's order of layers."""
+    large_layers = sorted(int(i) for i in index_map.layers[: target["layers"]])
+    partner = {int(i): j for j, i in enumerate(index_map.layers[: small["layers"]])}
+    operations = []
+    for name, pattern, layer in axis_map.names(target):
+        layout = axis_map.layout(pattern)
+        large_layer = None if layer is None else large_layers[layer]
+        small_layer = None if large_layer is None else partner.get(large_layer)
+        from_large: str | None = pattern.replace("*", str(large_layer))
+        has_partner = layer is None or small_layer is not None
+        from_small: str | None = pattern.replace("*", str(small_layer)) if has_partner else None
+        weight = alpha
+        if method == "prune" or (alpha == 0 and method != "expand"):
+            from_small, weight = None, 0.0
+        elif method == "expand":
+            from_large = None
+            if not has_partner:
+                from_small = None if axis_map.writes(pattern) else pattern.replace("*", _before(partner, large_layer))
+        elif alpha == 1 and from_small and (method == "paper" or layout.shape(small) == layout.shape(target)):
+            from_large = None
+        plain = method == "paper"
+        operations.append(
+            TensorOp(
+                name,
+                pattern,
+                layout.shape(target),
+                from_large,
+                from_small,
+                layer=large_layer,
+                alpha=weight,
+                masked=not plain,
+                large_scale=1.0 if plain else _large_scale(axis_map, pattern, large_layer, large, target, index_map),
+                small_scale=1.0 if plain else _small_scale(axis_map, pattern, small, target),
+                mean_axis="hidden" if method == "expand" and _mean_filled(axis_map, pattern) else None,
+            )
+        )
+    return tuple(operations)
+
+
+def _before(partner: Mapping[int, int], large_layer: int | None) -> str:
+    """The small layer that a layer without a partner is copied from: the one before it, else the first."""
+    return str(max((j for i, j in partner.items() if i < (large_layer or 0)), default=0))
+
+
+def _mean_filled(axis_map: AxisMap, pattern: str) -> bool:
+    return pattern in axis_map.norms or (axis_map.norm == "layer" and axis_map.writes(pattern))
+
+
+def _stream_scale(axis_map: AxisMap, pattern: str, old: Sizes, new: Sizes) -> float:
+    """What undoes the change of sqrt(hidden) that some families multiply their embedding with (Gemma)."""
+    factor = sqrt(old["hidden"] / new["hidden"])
+    if pattern in axis_map.scaled:
+        return factor
+    if pattern in axis_map.norms and any(reader in axis_map.scaled for reader in axis_map.readers(pattern)):
+        return 1 / factor  # a tied head reads the rescaled embedding
+    return 1.0
+
+
+def _small_scale(axis_map: AxisMap, pattern: str, small: Sizes, target: Sizes) -> float:
+    """Zero padding n units to m shrinks their root mean square by sqrt(n / m); the gain takes that up, exactly."""
+    scale = _stream_scale(axis_map, pattern, small, target)
+    if pattern in axis_map.norms:
+        layout = axis_map.layout(pattern)
+        scale *= sqrt(layout.count(small) / layout.count(target))
+    return scale
+
+
+def _large_scale(
+    axis_map: AxisMap, pattern: str, layer: int | None, large: Sizes, target: Sizes, index_map: IndexMap
+) -> float:
+    """Keeping some hidden units changes their root mean square; the gain takes up the ratio that was measured."""
+    scale = _stream_scale(axis_map, pattern, large, target)
+    energy = index_map.energy.get(pattern)
+    if energy is not None and large["hidden"] != target["hidden"]:
+        kept = index_map.order("hidden", None, large["hidden"])[: target["hidden"]]
+        row = energy if energy.ndim == 1 else energy[layer]
+        scale *= float(np.sqrt(row[kept].mean(dtype=np.float64)))
+    return scale
+
+
+def _bytes(
+    axis_map: AxisMap, manifest: Manifest, small: Anchor, large: Anchor, operations: tuple[TensorOp, ...]
+) -> int:
+    needed = {(large.name, op.large, op.pattern) for op in operations if op.large}
+    needed |= {(small.name, op.small, op.pattern) for op in operations if op.small}
+    anchors = {a.name: (manifest.sizes(a), _ITEM_BYTES[a.dtype]) for a in (small, large)}
+    return sum(axis_map.layout(pattern).count(anchors[who][0]) * anchors[who][1] for who, _, pattern in needed)
+
+
+def _expected_loss(manifest: Manifest, count: int) -> float | None:
+    """Straight lines between the measured sizes: the anchors themselves and the curve's ``interpolate`` points."""
+    if any(a.evaluation is None for a in manifest.anchors):
+        return None
+    points = {p.num_parameters: p.loss for p in manifest.curve if p.method in ("auto", "interpolate")}
+    points |= {a.num_parameters: a.evaluation.loss for a in manifest.anchors if a.evaluation}
+    sizes = sorted(points)
+    return float(np.interp(count, sizes, [points[n] for n in sizes]))
