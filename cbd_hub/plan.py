@@ -17,7 +17,7 @@ from cbd_hub.chain import Anchor, IndexMap, Manifest
 from cbd_hub.errors import AxisMapError, SizeError, did_you_mean
 from cbd_hub.sizing import Sizes, count_parameters, format_count, parse_count, solve
 
-__all__ = ["METHODS", "Plan", "TensorOp", "make_plan"]
+__all__ = ["METHODS", "Plan", "TensorOp", "make_plan", "plan_subset"]
 
 METHODS = ("auto", "interpolate", "paper", "expand", "prune")
 """What ``method=`` accepts."""
@@ -54,6 +54,8 @@ class TensorOp:
     @property
     def kind(self) -> str:
         """What is done, in a word or two."""
+        if self.large and self.alpha and not self.small:
+            return f"{1 - self.alpha:.3g} large"
         if self.large and self.small:
             return f"{self.alpha:.3g} small + {1 - self.alpha:.3g} large"
         return "large" if self.large else "small" if self.small else "zeros"
@@ -211,6 +213,29 @@ def make_plan(
         expected_loss=_expected_loss(manifest, count),
         notes=tuple(notes),
         sizes=sizes,
+        index_map=index_map,
+    )
+
+
+def plan_subset(axis_map: AxisMap, large: Sizes, target: Sizes, index_map: IndexMap) -> Plan:
+    """Plans the start of a student: the subset of its neighbour that an index map keeps. Names of anchors are empty.
+
+    Raises:
+        AxisMapError: The sizes break a rule of the family.
+    """
+    axis_map.check_sizes(target)
+    return Plan(
+        shape=axis_map.config_fields(target),
+        num_parameters=count_parameters(axis_map, target),
+        alpha=0.0,
+        method="prune",
+        small="",
+        large="",
+        position=1.0,
+        operations=_operations(axis_map, target, large, target, index_map, "prune", 0.0),
+        bytes_to_read=0,
+        expected_loss=None,
+        sizes=target,
         index_map=index_map,
     )
 

@@ -1,0 +1,508 @@
+"""``from_chain``: carry out a plan, one tensor at a time, and hand back an ordinary transformers model.
+
+Nothing but the manifest is read until a plan stands; then the two anchors' headers are checked against it, and only
+then are weights read: each tensor once, blended in float32, cast once, and its sources dropped before the next. Peak
+memory stays near the target's size plus the largest pair of source tensors.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils.tqdm import tqdm
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cbd_hub import chain as manifests
+from cbd_hub.architectures import AXIS_MAPS, axis_map_for
+from cbd_hub.axis_map import AxisMap
+from cbd_hub.chain import Anchor, IndexMap, Manifest
+from cbd_hub.checkpoints import DTYPES, Checkpoint
+from cbd_hub.errors import (
+    AxisMapError,
+    CbdError,
+    ChainNotFoundError,
+    IntegrityError,
+    ManifestError,
+    OutputExistsError,
+    SizeError,
+)
+from cbd_hub.hub import Location
+from cbd_hub.plan import Plan, TensorOp, make_plan
+from cbd_hub.sizing import Sizes
+from cbd_hub.tensors import blend, expand, rescale, take
+
+__all__ = ["Chain", "ChainAnchor", "build_model", "from_chain", "make_tensor", "target_config"]
+
+Read = Callable[[str], torch.Tensor]
+
+
+def make_tensor(
+    op: TensorOp,
+    axis_map: AxisMap,
+    index_map: IndexMap | None,
+    large: tuple[Sizes, Read],
+    small: tuple[Sizes, Read],
+    target: Sizes,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Carries out one operation of a plan.
+
+    Args:
+        op: The operation.
+        axis_map: The resolved map of the family.
+        index_map: Correspondence of the two anchors; None where the tensor is copied as it is.
+        large: Sizes of the large anchor and a function that reads one of its tensors.
+        small: The same of the small anchor.
+        target: Sizes of the target.
+        dtype: What the result is cast to, once.
+
+    Returns:
+        A contiguous tensor of shape ``op.shape`` that owns its memory.
+    """
+    layout = axis_map.layout(op.pattern)
+    offset = 1.0 if axis_map.norm == "rms+1" and op.pattern in axis_map.norms else 0.0
+    base: torch.Tensor | None = None
+    if op.large:
+        base = large[1](op.large)
+        if index_map is not None:
+            sizes = large[0]
+            taken = {
+                axis: index_map.order(axis, op.layer, sizes[axis])[: target[axis]]
+                for axis in layout.axes
+                if axis in index_map.orders or target[axis] != sizes[axis]
+            }
+            base = rescale(take(base, layout, sizes, taken), op.large_scale, offset)
+    if op.small:
+        addition = rescale(small[1](op.small), op.small_scale, offset)
+        if base is None:
+            base = expand(addition, layout, small[0], target, op.mean_axis)
+        else:
+            work = dtype if base.dtype == addition.dtype == dtype else torch.float32
+            base = base.to(work).clone(memory_format=torch.contiguous_format)
+            if op.masked:
+                base = blend(base, addition, op.alpha, layout, small[0], target)
+            else:
+                zero_filled = expand(addition, layout, small[0], target)
+                base = blend(base, zero_filled, op.alpha, layout, target, target)
+    elif base is not None and not op.masked and op.alpha:  # the paper's rule for a block without a partner
+        base = rescale(base, 1 - op.alpha)
+    if base is None:
+        return torch.zeros(op.shape, dtype=dtype)
+    whole = base.to(dtype).contiguous()
+    return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
+
+
+def target_config(config: PreTrainedConfig, axis_map: AxisMap, plan: Plan) -> PreTrainedConfig:
+    """Returns the config of the target: the large anchor's, with the plan's sizes and per-layer lists cut along.
+
+    Raises:
+        SizeError: transformers refuses the sizes.
+    """
+    values = config.to_dict()
+    values.update(plan.shape)
+    if plan.index_map is not None:
+        layers = sorted(int(i) for i in plan.index_map.layers[: plan.sizes["layers"]])
+        for name in axis_map.layer_lists:
+            if values.get(name):
+                values[name] = [values[name][i] for i in layers]
+    if "head_dim" in axis_map.fields:
+        values["head_dim"] = plan.sizes["head_dim"]
+    values.pop("cbd_hub", None)
+    try:
+        return type(config).from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise SizeError(f"transformers refuses the shape {dict(plan.shape)}: {error}") from error
+
+
+def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """Makes a transformers model around tensors (which it then shares, without a copy), in eval mode.
+
+    Raises:
+        AxisMapError: No causal language model class for this config, or a parameter that was not loaded.
+    """
+    try:
+        model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
+    except KeyError:
+        raise AxisMapError(f"transformers has no causal language model for {type(config).__name__}") from None
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if problems := {k: sorted(set(v) - tied) for k, v in info.items() if k.endswith("_keys") and set(v) - tied}:
+        raise AxisMapError(f"the axis map does not cover {model_class.__name__}: {problems}")
+    model.config.dtype = dtype
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class ChainAnchor:
+    """One anchor of a chain, as users meet it."""
+
+    chain: "Chain"
+    entry: Anchor
+
+    @property
+    def name(self) -> str:
+        """Its name in the chain."""
+        return self.entry.name
+
+    @property
+    def num_parameters(self) -> int:
+        """Tied weights counted once."""
+        return self.entry.num_parameters
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Sizes in the architecture's own config fields."""
+        return dict(self.entry.shape)
+
+    def load(self, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+        """Returns the anchor as a transformers model, bit for bit.
+
+        Raises:
+            IntegrityError: Its files are not what the manifest says.
+        """
+        return self.chain.initialize(self.chain.plan(shape=self.entry.shape), dtype=dtype)
+
+
+class Chain:
+    """A published (or local) chain: its manifest, and models of any size from it.
+
+    Reading a chain fetches the manifest and the small index files, no weights.
+    """
+
+    def __init__(self, location: Location, manifest: Manifest) -> None:
+        self.location = location
+        self.manifest = manifest
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        chain: str | Path,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "Chain":
+        """Reads the manifest of a chain; no weights.
+
+        Args:
+            chain: A Hub repo id, or a folder that holds ``chain.json``.
+            revision: Branch, tag or commit.
+            token: Hub token; None takes it from the usual places.
+            cache_dir: Another cache than ``HF_HOME``'s.
+            local_files_only: Use the cache alone.
+            force_download: Fetch again what is cached.
+
+        Raises:
+            ChainNotFoundError: No such folder, repository, revision or manifest, or no access to it.
+            ManifestError: The manifest is malformed, of a later format, or contradicts itself.
+        """
+        place = str(chain)
+        if Path(place).expanduser().is_file():
+            raise ChainNotFoundError(f"{place} is a file; name the folder that holds {manifests.MANIFEST_NAME}")
+        location = Location(place, revision, "", token, cache_dir, local_files_only, force_download)
+        path = location.file(manifests.MANIFEST_NAME)
+        return cls(location.pinned(path), manifests.read_manifest(path))
+
+    @property
+    def anchors(self) -> list[ChainAnchor]:
+        """The anchors, largest first."""
+        return [ChainAnchor(self, entry) for entry in self.manifest.anchors]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The chain's tokenizer.
+
+        Raises:
+            IntegrityError: A tokenizer file differs from the manifest, or there is none.
+        """
+        if not self.manifest.tokenizer:
+            raise IntegrityError(f"the chain {self.manifest.name!r} ships no tokenizer")
+        paths = [self._checked(self.location, name, entry) for name, entry in self.manifest.tokenizer.items()]
+        return AutoTokenizer.from_pretrained(paths[0].parent)
+
+    @cached_property
+    def index_maps(self) -> dict[str, IndexMap]:
+        """How each anchor's units correspond to its larger neighbour's, by the smaller one's name."""
+        entry = self.manifest.index_maps
+        path = self._checked(self.location, manifests.INDEX_MAPS_NAME, entry) if entry else None
+        return manifests.load_index_maps(self.manifest, path)
+
+    @cached_property
+    def _checksums(self) -> dict[str, dict[str, str]]:
+        if self.manifest.checksums is None:
+            return {}
+        path = self._checked(self.location, manifests.CHECKSUMS_NAME, self.manifest.checksums)
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise IntegrityError(f"{path} is malformed: {error}") from None
+
+    @staticmethod
+    def _checked(location: Location, name: str, entry: manifests.FileEntry) -> Path:
+        try:
+            path = location.file(name)
+        except ChainNotFoundError as error:
+            if location.is_local:
+                raise IntegrityError(f"{error}, which the manifest names") from None
+            raise
+        manifests.check_file(path, entry)
+        return path
+
+    def _place(self, anchor: Anchor) -> Location:
+        if anchor.repo_id:
+            return self.location.elsewhere(anchor.repo_id, anchor.revision).inside(anchor.subfolder)
+        return self.location.inside(anchor.subfolder)
+
+    def _entry(self, name: str) -> Anchor:
+        return next(a for a in self.manifest.anchors if a.name == name)
+
+    def plan(
+        self,
+        num_parameters: int | str | None = None,
+        *,
+        shape: Mapping[str, int] | None = None,
+        alpha: float | str = "auto",
+        method: str = "auto",
+        tolerance: float = 0.01,
+    ) -> Plan:
+        """Decides how a model is made, without reading a weight: see :func:`cbd_hub.plan.make_plan`.
+
+        Raises:
+            SizeError: A size that cannot be had; the message names the range and the nearest size.
+            IntegrityError: The chain's index files are not what the manifest says.
+        """
+        return make_plan(self.manifest, self.index_maps, num_parameters, shape, alpha, method, tolerance)
+
+    def checkpoint(self, anchor: Anchor) -> Checkpoint:
+        """Opens the headers of an anchor's weights and checks them against the manifest; reads no weight.
+
+        Raises:
+            IntegrityError: Damaged files, or other tensors than the manifest says.
+        """
+        place = self._place(anchor)
+        names = [name for name in anchor.files if name.endswith(".safetensors")]
+        paths = []
+        for name in names:
+            try:
+                path = place.file(name)
+            except ChainNotFoundError as error:
+                raise IntegrityError(f"anchor {anchor.name!r}: {error}") from None
+            if path.stat().st_size != anchor.files[name].size:
+                raise IntegrityError(
+                    f"{name} of anchor {anchor.name!r} has {path.stat().st_size} bytes; the manifest says "
+                    f"{anchor.files[name].size}: the file is damaged or incomplete, fetch it again"
+                )
+            paths.append(path)
+        axis_map = self.manifest.resolved_axis_map
+        checkpoint = Checkpoint(paths, axis_map, self._checksums.get(anchor.name))
+        try:
+            checkpoint.check(axis_map.sizes(anchor.shape))
+        except IntegrityError as error:
+            raise IntegrityError(f"anchor {anchor.name!r}: {error}") from None
+        return checkpoint
+
+    def config(self, anchor: Anchor) -> PreTrainedConfig:
+        """Returns an anchor's transformers config, checked against the manifest.
+
+        Raises:
+            IntegrityError: The file differs from the manifest's hash.
+            ManifestError: The config contradicts the manifest's shape or axis map.
+        """
+        path = self._checked(self._place(anchor), "config.json", anchor.files["config.json"])
+        try:
+            config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            raise ManifestError(f"config.json of anchor {anchor.name!r} cannot be used: {error}") from error
+        axis_map = self.manifest.resolved_axis_map
+        if config.model_type != self.manifest.architecture or axis_map.sizes(config) != axis_map.sizes(anchor.shape):
+            raise ManifestError(f"config.json of anchor {anchor.name!r} contradicts the shape in the manifest")
+        if config.model_type in AXIS_MAPS:
+            known = axis_map_for(config)
+            if (known.tensors, known.norms, known.tied) != (axis_map.tensors, axis_map.norms, axis_map.tied):
+                raise ManifestError(
+                    f"the manifest's axis map is not that of {config.model_type!r} models; the chain was made by "
+                    "another version or altered"
+                )
+        return config
+
+    def initialize(self, plan: Plan, *, dtype: str | torch.dtype = "auto", progress: bool = True) -> PreTrainedModel:
+        """Carries out a plan: reads, interpolates and returns the model.
+
+        Args:
+            plan: From :meth:`plan`.
+            dtype: A torch dtype or its name; ``"auto"`` keeps the large anchor's.
+            progress: Show a progress bar (HF_HUB_DISABLE_PROGRESS_BARS is obeyed).
+
+        Cost: reads ``plan.bytes_to_read`` bytes once; peak memory near the model's own size plus the largest pair of
+            source tensors.
+
+        Raises:
+            IntegrityError: The anchors' files are not what the manifest says.
+            ManifestError: A config contradicts the manifest.
+        """
+        large, small = self._entry(plan.large), self._entry(plan.small)
+        axis_map = self.manifest.resolved_axis_map
+        out_dtype = _dtype(large.dtype if dtype == "auto" else dtype)
+        config = target_config(self.config(large), axis_map, plan)
+        needed = {plan.large: any(op.large for op in plan.operations), plan.small: True}
+        if plan.large != plan.small:
+            needed[plan.small] = any(op.small for op in plan.operations)
+        files = {name: self.checkpoint(self._entry(name)) for name, used in needed.items() if used}
+
+        def source(entry: Anchor) -> tuple[Sizes, Read]:
+            return axis_map.sizes(entry.shape), files[entry.name].read if entry.name in files else _unread
+
+        large_source, small_source = source(large), source(small)
+        state = {}
+        for op in tqdm(
+            plan.operations, desc=f"{plan.method} {self.manifest.name}", unit="tensor", disable=not progress
+        ):
+            state[op.name] = make_tensor(
+                op, axis_map, plan.index_map, large_source, small_source, plan.sizes, out_dtype
+            )
+        model = build_model(config, state, out_dtype)
+        if "generation_config.json" in large.files:
+            path = self._checked(self._place(large), "generation_config.json", large.files["generation_config.json"])
+            model.generation_config = GenerationConfig.from_pretrained(path.parent)
+        self._sign(model, plan)
+        return model
+
+    def _sign(self, model: PreTrainedModel, plan: Plan) -> None:
+        """Writes the model's origin into its config."""
+        place = self.manifest.name if self.location.is_local else self.location.place
+        model.config.cbd_hub = {
+            "chain": place,
+            "revision": self.location.revision,
+            "anchors": list(dict.fromkeys([plan.small, plan.large])),
+            "alpha": plan.alpha,
+            "method": plan.method,
+            "version": version("cbd_hub"),
+        }
+        model.config._name_or_path = place
+        model.name_or_path = place
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copies the whole chain, anchors included, into an empty folder, from which it can be used offline.
+
+        Raises:
+            OutputExistsError: The folder is not empty.
+            IntegrityError: A file is not what the manifest says; nothing is left behind then.
+        """
+        target = require_empty(folder)
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        top: dict[str, manifests.FileEntry] = dict(self.manifest.tokenizer)
+        if self.manifest.index_maps:
+            top[manifests.INDEX_MAPS_NAME] = self.manifest.index_maps
+        if self.manifest.checksums:
+            top[manifests.CHECKSUMS_NAME] = self.manifest.checksums
+        try:
+            wanted = [(self.location, "", name, entry) for name, entry in top.items()]
+            anchors = []
+            for anchor in self.manifest.anchors:
+                inner = f"anchors/{anchor.name}"
+                wanted += [(self._place(anchor), inner, name, entry) for name, entry in anchor.files.items()]
+                anchors.append(anchor.model_copy(update={"repo_id": None, "revision": None, "subfolder": inner}))
+            for place, inner, name, entry in tqdm(wanted, desc="copying", unit="file"):
+                destination = partial / inner / name
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self._checked(place, name, entry), destination)
+            manifests.write_manifest(self.manifest.model_copy(update={"anchors": anchors}), partial)
+        except (CbdError, OSError):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+
+
+def require_empty(folder: str | Path) -> Path:
+    """Returns the path of a folder that does not exist yet or is empty.
+
+    Raises:
+        OutputExistsError: It holds something, or is a file.
+    """
+    path = Path(folder).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputExistsError(f"{path} is not empty; name a new folder, or empty it first (nothing was changed)")
+    return path
+
+
+def _unread(name: str) -> torch.Tensor:
+    raise IntegrityError(f"{name!r} was not planned to be read")
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    allowed = {str(value).removeprefix("torch."): value for value in DTYPES.values()}
+    found = dtype if isinstance(dtype, torch.dtype) else allowed.get(str(dtype))
+    if found is None or found not in allowed.values():
+        raise SizeError(f"dtype is {dtype!r}; allowed: 'auto', {', '.join(allowed)}")
+    return found
+
+
+def from_chain(
+    chain: str | Path,
+    num_parameters: int | str | None = None,
+    *,
+    shape: Mapping[str, int] | None = None,
+    alpha: float | str = "auto",
+    method: str = "auto",
+    refine: bool = False,
+    tolerance: float = 0.01,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> PreTrainedModel:
+    """Makes a model of any size from a chain: no training, no teacher.
+
+    The two anchors next to the size are interpolated, ``alpha * small + (1 - alpha) * large`` wherever both have a
+    unit and the large anchor's value elsewhere (Chain-based Distillation, arXiv 2605.07783, with masked averaging).
+
+    Args:
+        chain: A Hub repo id, or a folder that holds ``chain.json``.
+        num_parameters: Size, as an int or a string such as ``"138M"``; tied weights counted once.
+        shape: Or the shape, in the architecture's own config fields. Exactly one of the two.
+        alpha: Weight of the small anchor, 0..1; ``"auto"`` is 1 - r, r being the position between the anchors.
+        method: ``interpolate``, ``paper`` (zero filling, exactly the paper's), ``expand`` (small anchor only),
+            ``prune`` (large anchor only) or ``auto``.
+        refine: Compare candidates on calibration tokens that the chain ships and keep the best.
+        tolerance: Largest relative error of the parameter count.
+        dtype: ``"auto"`` keeps the anchors' dtype.
+        revision: Branch, tag or commit of the chain.
+        token: Hub token; None takes it from the usual places.
+        cache_dir: Another cache than ``HF_HOME``'s.
+        local_files_only: Use the cache alone.
+        force_download: Fetch again what is cached.
+
+    Returns:
+        An ordinary transformers model in eval mode; ``config.cbd_hub`` tells its origin.
+
+    Raises:
+        SizeError: A size that cannot be had; the message names the range and the nearest size.
+        ChainNotFoundError: No such chain, or no access to it.
+        ManifestError: The manifest is malformed or contradicts itself or its anchors.
+        IntegrityError: A file is not what the manifest says.
+    """
+    opened = Chain.from_pretrained(chain, revision, token, cache_dir, local_files_only, force_download)
+    plan = opened.plan(num_parameters, shape=shape, alpha=alpha, method=method, tolerance=tolerance)
+    return opened.initialize(plan, dtype=dtype)
