@@ -13,6 +13,7 @@ Everything is deterministic: ties are settled by index, and nothing is drawn at 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def token_energy(x: Tensor, center: bool = False) -> Tensor:
         x: (..., H) residual stream, computed in float32 or better.
         center: Subtract the token's mean first, as LayerNorm does.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(_wide(x))
     if center:
         x = x - x.mean(-1, keepdim=True)
     square = x.square()
@@ -81,7 +82,7 @@ def observe(
 ) -> int:
     """Streams token blocks through a model (without its head) once and shows what passes through some modules.
 
-    The model's train or eval mode and its hooks are left as they were.
+    The model's mode and hooks are left as they were.
 
     Args:
         model: Any transformers causal language model, run on the device that it is on.
@@ -106,13 +107,11 @@ def observe(
     was_training, handles = model.training, []
     try:
         for name, look in before.items():
-            module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(lambda _, args, look=look: look(flat(args))))
+            hook = partial(lambda look, _, args: look(flat(args)), look)
+            handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
         for name, compare in (after or {}).items():
-            module = model.get_submodule(name)
-            handles.append(
-                module.register_forward_hook(lambda _, args, out, compare=compare: compare(flat(args), flat(out)))
-            )
+            hook = partial(lambda compare, _, args, out: compare(flat(args), flat(out)), compare)
+            handles.append(model.get_submodule(name).register_forward_hook(hook))
         model.eval()
         for batch in token_batches(blocks, batch_size):
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
@@ -133,9 +132,7 @@ def collect(
     units score their :func:`token_energy` at the norms that read the stream, every norm an equal vote.
 
     Args:
-        model: The model, on any device.
-        axis_map: Its resolved map.
-        sizes: Its sizes.
+        model: The model, on any device; ``axis_map`` and ``sizes`` are its own.
         blocks: (N, S) token ids.
         batch_size: Blocks in a forward pass.
 
@@ -211,12 +208,11 @@ def from_weights(state_dict: Mapping[str, Tensor], axis_map: AxisMap, sizes: Siz
     """Estimates importance without data: the product of a unit's weight norms over the matrices that it occurs in.
 
     Hidden units score (share in what is written) x (share in what is read), every tensor an equal vote. Layers
-    score by position alone: those around 70 % of the depth go first, the first two and the last two last.
+    score by position alone: those around 70 % of the depth go first, the first two and the last two last. This is a
+    last resort: on a trained 0.85M model it chose ffn units worse than chance, activations far better than chance.
 
     Args:
-        state_dict: The model's tensors by parameter name.
-        axis_map: Its resolved map.
-        sizes: Its sizes.
+        state_dict: A model's tensors by parameter name; ``axis_map`` and ``sizes`` are its own.
 
     Cost: one pass over the weights.
     """
@@ -290,9 +286,7 @@ def rank(
     least (1 - cos) compete as whole sets, because the costs of single layers do not add up.
 
     Args:
-        model: The larger model.
-        axis_map: Its resolved map.
-        large: Its sizes.
+        model: The larger model; ``axis_map`` is its own and ``large`` its sizes.
         small: Sizes of the smaller neighbour; axes that do not differ get no order.
         blocks: (N, S) token ids to calibrate on, which must be no test text; None to look at the weights alone.
         prefix_hidden: The hidden units are in order already (see :mod:`cbd_hub.basis`).
