@@ -7,7 +7,7 @@ memory stays near the target's size plus the largest pair of source tensors.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -15,136 +15,20 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub import chain as manifests
 from cbd_hub.architectures import AXIS_MAPS, axis_map_for
-from cbd_hub.axis_map import AxisMap
 from cbd_hub.chain import Anchor, IndexMap, Manifest
-from cbd_hub.checkpoints import DTYPES, Checkpoint
-from cbd_hub.errors import (
-    AxisMapError,
-    CbdError,
-    ChainNotFoundError,
-    IntegrityError,
-    ManifestError,
-    OutputExistsError,
-    SizeError,
-)
+from cbd_hub.checkpoints import Checkpoint
+from cbd_hub.errors import CbdError, ChainNotFoundError, IntegrityError, ManifestError
 from cbd_hub.hub import Location
-from cbd_hub.plan import Plan, TensorOp, make_plan
+from cbd_hub.materialize import Read, build_model, make_tensor, parse_dtype, require_empty, target_config
+from cbd_hub.plan import Plan, make_plan
 from cbd_hub.sizing import Sizes
-from cbd_hub.tensors import blend, expand, rescale, take
 
-__all__ = ["Chain", "ChainAnchor", "build_model", "from_chain", "make_tensor", "target_config"]
-
-Read = Callable[[str], torch.Tensor]
-
-
-def make_tensor(
-    op: TensorOp,
-    axis_map: AxisMap,
-    index_map: IndexMap | None,
-    large: tuple[Sizes, Read],
-    small: tuple[Sizes, Read],
-    target: Sizes,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Carries out one operation of a plan.
-
-    Args:
-        op: The operation.
-        axis_map: The resolved map of the family.
-        index_map: Correspondence of the two anchors; None where the tensor is copied as it is.
-        large: Sizes of the large anchor and a function that reads one of its tensors.
-        small: The same of the small anchor.
-        target: Sizes of the target.
-        dtype: What the result is cast to, once.
-
-    Returns:
-        A contiguous tensor of shape ``op.shape`` that owns its memory.
-    """
-    layout = axis_map.layout(op.pattern)
-    offset = 1.0 if axis_map.norm == "rms+1" and op.pattern in axis_map.norms else 0.0
-    base: torch.Tensor | None = None
-    if op.large:
-        base = large[1](op.large)
-        if index_map is not None:
-            sizes = large[0]
-            taken = {
-                axis: index_map.order(axis, op.layer, sizes[axis])[: target[axis]]
-                for axis in layout.axes
-                if axis in index_map.orders or target[axis] != sizes[axis]
-            }
-            base = rescale(take(base, layout, sizes, taken), op.large_scale, offset)
-    if op.small:
-        addition = rescale(small[1](op.small), op.small_scale, offset)
-        if base is None:
-            base = expand(addition, layout, small[0], target, op.mean_axis)
-        else:
-            work = dtype if base.dtype == addition.dtype == dtype else torch.float32
-            base = base.to(work).clone(memory_format=torch.contiguous_format)
-            if op.masked:
-                base = blend(base, addition, op.alpha, layout, small[0], target)
-            else:
-                zero_filled = expand(addition, layout, small[0], target)
-                base = blend(base, zero_filled, op.alpha, layout, target, target)
-    elif base is not None and not op.masked and op.alpha:  # the paper's rule for a block without a partner
-        base = rescale(base, 1 - op.alpha)
-    if base is None:
-        return torch.zeros(op.shape, dtype=dtype)
-    whole = base.to(dtype).contiguous()
-    return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
-
-
-def target_config(config: PreTrainedConfig, axis_map: AxisMap, plan: Plan) -> PreTrainedConfig:
-    """Returns the config of the target: the large anchor's, with the plan's sizes and per-layer lists cut along.
-
-    Raises:
-        SizeError: transformers refuses the sizes.
-    """
-    values = config.to_dict()
-    values.update(plan.shape)
-    if plan.index_map is not None:
-        layers = sorted(int(i) for i in plan.index_map.layers[: plan.sizes["layers"]])
-        for name in axis_map.layer_lists:
-            if values.get(name):
-                values[name] = [values[name][i] for i in layers]
-    if "head_dim" in axis_map.fields:
-        values["head_dim"] = plan.sizes["head_dim"]
-    values.pop("cbd_hub", None)
-    try:
-        return type(config).from_dict(values)
-    except (ValueError, TypeError) as error:
-        raise SizeError(f"transformers refuses the shape {dict(plan.shape)}: {error}") from error
-
-
-def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    """Makes a transformers model around tensors (which it then shares, without a copy), in eval mode.
-
-    Raises:
-        AxisMapError: No causal language model class for this config, or a parameter that was not loaded.
-    """
-    try:
-        model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
-    except KeyError:
-        raise AxisMapError(f"transformers has no causal language model for {type(config).__name__}") from None
-    model, info = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if problems := {k: sorted(set(v) - tied) for k, v in info.items() if k.endswith("_keys") and set(v) - tied}:
-        raise AxisMapError(f"the axis map does not cover {model_class.__name__}: {problems}")
-    model.config.dtype = dtype
-    return model.eval()
+__all__ = ["Chain", "ChainAnchor", "from_chain"]
 
 
 @dataclass(frozen=True)
@@ -225,7 +109,7 @@ class Chain:
         return [ChainAnchor(self, entry) for entry in self.manifest.anchors]
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> Tokenizer:
         """The chain's tokenizer.
 
         Raises:
@@ -358,7 +242,7 @@ class Chain:
         """
         large, small = self._entry(plan.large), self._entry(plan.small)
         axis_map = self.manifest.resolved_axis_map
-        out_dtype = _dtype(large.dtype if dtype == "auto" else dtype)
+        out_dtype = parse_dtype(large.dtype if dtype == "auto" else dtype)
         config = target_config(self.config(large), axis_map, plan)
         needed = {plan.large: any(op.large for op in plan.operations), plan.small: True}
         if plan.large != plan.small:
@@ -433,28 +317,8 @@ class Chain:
         partial.rename(target)
 
 
-def require_empty(folder: str | Path) -> Path:
-    """Returns the path of a folder that does not exist yet or is empty.
-
-    Raises:
-        OutputExistsError: It holds something, or is a file.
-    """
-    path = Path(folder).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputExistsError(f"{path} is not empty; name a new folder, or empty it first (nothing was changed)")
-    return path
-
-
 def _unread(name: str) -> torch.Tensor:
     raise IntegrityError(f"{name!r} was not planned to be read")
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    allowed = {str(value).removeprefix("torch."): value for value in DTYPES.values()}
-    found = dtype if isinstance(dtype, torch.dtype) else allowed.get(str(dtype))
-    if found is None or found not in allowed.values():
-        raise SizeError(f"dtype is {dtype!r}; allowed: 'auto', {', '.join(allowed)}")
-    return found
 
 
 def from_chain(

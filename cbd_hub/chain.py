@@ -42,6 +42,7 @@ __all__ = [
     "check_file",
     "file_entry",
     "load_index_maps",
+    "read_index_map",
     "read_manifest",
     "save_index_maps",
     "write_manifest",
@@ -263,7 +264,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no JSON, or a number too long
         raise ManifestError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
         raise ManifestError(f"{path} is no JSON object")
@@ -353,6 +354,15 @@ def load_index_maps(manifest: Manifest, path: Path | None) -> dict[str, IndexMap
     if tensors:
         raise IntegrityError(f"{path} holds {next(iter(tensors))!r}, which belongs to no anchor of the chain")
     return maps
+
+
+def read_index_map(anchor: Anchor, path: Path) -> IndexMap:
+    """Reads back the one index map that :func:`save_index_maps` wrote for an anchor (a build's own record)."""
+    orders, energy = {}, {}
+    for key, value in load_file(path).items():
+        _, kind, what = key.split("/", 2)
+        (orders if kind == "order" else energy)[what] = value
+    return IndexMap(np.array(anchor.layer_order, dtype=np.int64), orders, energy)
 
 
 def _check_order(key: str, order: np.ndarray, axis: str, sizes: Mapping[str, int]) -> None:

@@ -21,7 +21,7 @@ from cbd_hub.axis_map import AxisMap
 from cbd_hub.errors import AxisMapError, IntegrityError
 from cbd_hub.sizing import Sizes
 
-__all__ = ["DTYPES", "Checkpoint", "TensorInfo", "checksum", "find_files", "read_header"]
+__all__ = ["DTYPES", "Checkpoint", "TensorInfo", "checksum", "checksum_file", "find_files", "read_header"]
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -71,9 +71,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise _fail(path, f"is not a safetensors file (header of {length} bytes in a file of {size})")
             header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise IntegrityError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read: {os.strerror(error.errno or 0)}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, or a number too long
         raise _fail(path, f"has an unreadable safetensors header ({error})") from None
     if not isinstance(header, dict):
         raise _fail(path, "has a safetensors header that is no JSON object")
@@ -95,11 +95,13 @@ def _tensor_info(path: Path, key: str, entry: Any, base: int) -> TensorInfo:
         numbers = [*shape, start, stop]
     except (TypeError, KeyError, ValueError):
         raise _fail(path, f"has a malformed entry for tensor {key!r}") from None
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**62 for n in numbers):
+    if not isinstance(dtype, str) or not all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**62 for n in numbers
+    ):
         raise _fail(path, f"has a malformed entry for tensor {key!r}")
     if dtype in DTYPES and stop - start != prod(shape) * DTYPES[dtype].itemsize:
         raise _fail(path, f"says tensor {key!r} is {dtype} {shape} but gives it {stop - start} bytes")
-    return TensorInfo(path, key, str(dtype), tuple(shape), base + start, base + stop)
+    return TensorInfo(path, key, dtype, tuple(shape), base + start, base + stop)
 
 
 def find_files(folder: Path) -> list[str]:
@@ -121,8 +123,8 @@ def find_files(folder: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{index} is malformed ({error!r})") from None
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise IntegrityError(f"{index} names {name!r}, which is not a file of this folder")
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise IntegrityError(f"{index} names {name!r}, which is no safetensors file of this folder")
     return names
 
 
@@ -132,6 +134,24 @@ def checksum(data: bytes | memoryview) -> str:
     (Forgery is what pinned commit hashes are for.)
     """
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def checksum_file(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Returns tensor key → :func:`checksum` of its bytes, for all safetensors files among ``names``.
+
+    Cost: reads the files once, a tensor at a time.
+
+    Raises:
+        IntegrityError: A file is damaged.
+    """
+    sums = {}
+    for name in names:
+        if name.endswith(".safetensors"):
+            with (folder / name).open("rb") as file:
+                for key, info in read_header(folder / name).items():
+                    file.seek(info.start)
+                    sums[key] = checksum(file.read(info.num_bytes))
+    return sums
 
 
 class Checkpoint:
@@ -163,11 +183,15 @@ class Checkpoint:
                     )
                 self.tensors[name] = info
 
-    def check(self, sizes: Sizes) -> None:
+    def check(self, sizes: Sizes, dtype: torch.dtype | None = None) -> None:
         """Checks that exactly the tensors of a model of these sizes are there, before any of them is read.
 
+        Args:
+            sizes: Sizes of the model.
+            dtype: What every tensor must be stored as; None allows any float.
+
         Raises:
-            IntegrityError: A missing tensor, an extra one, a wrong shape, or a dtype that is no float.
+            IntegrityError: A missing tensor, an extra one, a wrong shape, or another dtype.
         """
         expected = self._axis_map.shapes(sizes)
         if missing := [name for name in expected if name not in self.tensors]:
@@ -187,8 +211,9 @@ class Checkpoint:
                     f"tensor {info.key!r} in {info.file.name} has shape {list(info.shape)}; "
                     f"the manifest says {list(expected[name])}"
                 )
-            if info.dtype not in DTYPES:
-                raise IntegrityError(f"tensor {info.key!r} is stored as {info.dtype}; allowed: {', '.join(DTYPES)}")
+            allowed = [name for name, value in DTYPES.items() if dtype in (None, value)]
+            if info.dtype not in allowed:
+                raise IntegrityError(f"tensor {info.key!r} is stored as {info.dtype}; allowed: {', '.join(allowed)}")
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one parameter, in its stored dtype.

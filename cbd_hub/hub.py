@@ -114,7 +114,7 @@ class Location:
         """
         if self.is_local:
             return self
-        commit = known.parts[known.parts.index("snapshots") + 1] if "snapshots" in known.parts else self.revision
+        commit = known.parent.name if known.parent.parent.name == "snapshots" else self.revision
         return replace(self, revision=commit)
 
     def inside(self, subfolder: str | None) -> "Location":

@@ -176,7 +176,7 @@ def make_plan(
     position = (count - small.num_parameters) / span if span else 0.0
     weight, notes = float(alpha) if alpha != "auto" else 1 - position, []
     chosen = method
-    own = next((a for a in (small, large) if axis_map.sizes(a.shape) == sizes), None)
+    own = next((a for a in (small, large) if manifest.sizes(a) == sizes), None)
     if method == "auto":
         width_differs = (
             small.shape != large.shape and manifest.sizes(small)["hidden"] != manifest.sizes(large)["hidden"]
@@ -188,14 +188,14 @@ def make_plan(
                 f"anchors {small.name!r} and {large.name!r} are not aligned: their weights cannot be averaged, "
                 f"so only the nearer one is used ({chosen})"
             )
-    if own is not None and (small is large or (method in ("auto", "interpolate") and alpha == "auto")):
+    weight = {"expand": 1.0, "prune": 0.0}.get(chosen, weight)
+    if own is not None and (small is large or weight == (1.0 if own is small else 0.0)):
         small = large = own
         chosen, weight, index_map = "anchor", 1.0, None
         operations = tuple(
             TensorOp(n, p, axis_map.layout(p).shape(sizes), n, None) for n, p, _ in axis_map.names(sizes)
         )
     else:
-        weight = {"expand": 1.0, "prune": 0.0}.get(chosen, weight)
         index_map = index_maps[small.name]
         operations = _operations(
             axis_map, manifest.sizes(small), manifest.sizes(large), sizes, index_map, chosen, weight
@@ -266,7 +266,7 @@ def _pair_for_shape(
 ) -> tuple[Anchor, Anchor, dict[str, int]]:
     for name, value in shape.items():
         if name not in axis_map.fields:
-            hint = did_you_mean(name, axis_map.fields)
+            hint = did_you_mean(str(name), axis_map.fields)
             raise SizeError(f"shape has no field {name!r}; allowed: {', '.join(axis_map.fields)}.{hint}")
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise SizeError(f"shape field {name!r} is {value!r}; expected a positive integer")
@@ -374,10 +374,14 @@ def _large_scale(
 def _bytes(
     axis_map: AxisMap, manifest: Manifest, small: Anchor, large: Anchor, operations: tuple[TensorOp, ...]
 ) -> int:
-    needed = {(large.name, op.large, op.pattern) for op in operations if op.large}
-    needed |= {(small.name, op.small, op.pattern) for op in operations if op.small}
-    anchors = {a.name: (manifest.sizes(a), _ITEM_BYTES[a.dtype]) for a in (small, large)}
-    return sum(axis_map.layout(pattern).count(anchors[who][0]) * anchors[who][1] for who, _, pattern in needed)
+    """Every operation reads its sources once (the layers that ``expand`` copies are read once a copy)."""
+    low, high = manifest.sizes(small), manifest.sizes(large)
+    total = 0
+    for op in operations:
+        layout = axis_map.layout(op.pattern)
+        total += _ITEM_BYTES[small.dtype] * layout.count(low) if op.small else 0
+        total += _ITEM_BYTES[large.dtype] * layout.count(high) if op.large else 0
+    return total
 
 
 def _expected_loss(manifest: Manifest, count: int) -> float | None:

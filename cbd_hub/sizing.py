@@ -8,6 +8,7 @@ neighbours has a given count (:func:`solve`), and which shape should the next sm
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from math import prod
 
 from cbd_hub.axes import product
@@ -45,6 +46,7 @@ enough to meet a count. Measured on SmolLM2-135M: per parameter removed,
 ffn units cost the least loss, width and depth about twice as much, heads the most (docs/design-notes.md)."""
 
 _GOAL = 0.002
+_MOST = 10**15
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -60,9 +62,9 @@ def parse_count(value: int | str) -> int:
         match = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?|\.\d+)\s*([kmbt]?)\s*", str(value).lower())
         if isinstance(value, bool) or match is None:
             raise SizeError(f"{value!r} is not a parameter count; write a number such as 138000000, '138M' or '1.2B'")
-        number = round(float(re.sub("[_,]", "", match.group(1))) * _UNITS[match.group(2)])
-    if number < 1:
-        raise SizeError(f"a model needs at least one parameter; got {value!r}")
+        number = round(Decimal(re.sub("[_,]", "", match.group(1))) * _UNITS[match.group(2)])
+    if not 1 <= number < _MOST:
+        raise SizeError(f"a model has between 1 and 10^15 parameters; got {str(value)[:40]!r}")
     return number
 
 
@@ -90,7 +92,9 @@ def count_parameters(axis_map: AxisMap, sizes: Sizes) -> int:
 
 def _values(low: int, high: int, multiple: int, ideal: float, most: int) -> list[int]:
     """The multiples between low and high, with both ends, the ``most`` nearest to ``ideal``."""
-    inside = range(-(-low // multiple) * multiple, high + 1, multiple)
+    middle = round(min(max(ideal, low), high) / multiple)
+    first, last = max(-(-low // multiple), middle - most), min(high // multiple, middle + most)
+    inside = range(first * multiple, last * multiple + 1, multiple)
     return sorted({low, high, *inside}, key=lambda v: (abs(v - ideal), v))[:most]
 
 

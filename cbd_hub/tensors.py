@@ -30,6 +30,11 @@ def _as_index(rows: np.ndarray | None) -> Rows:
     return torch.from_numpy(rows)
 
 
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the dtype of arithmetic: float32, or float64 where it is stored so."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def take(tensor: torch.Tensor, layout: Layout, sizes: Sizes, taken: Indices) -> torch.Tensor:
     """Returns the part of a tensor that belongs to the units taken on each axis (``Trans`` of the large anchor).
 
@@ -94,7 +99,8 @@ def blend(
     region = _region(layout, small_sizes, target)
     for start, stop in _chunks(small):
         where = _grid(region, start, stop)
-        large[where] = (alpha * small[start:stop].float() + (1 - alpha) * large[where].float()).to(large.dtype)
+        mixed = alpha * _wide(small[start:stop]) + (1 - alpha) * _wide(large[where])
+        large[where] = mixed.to(large.dtype)
     return large
 
 
@@ -126,16 +132,16 @@ def expand(
             have = small_sizes[mean_axis]  # type: ignore[index]
             old = out.narrow(dim, 0, have)
             new = out.narrow(dim, have, shape[dim] - have)
-            new.copy_(old.float().mean(dim, keepdim=True).to(out.dtype).expand_as(new))
+            new.copy_(_wide(old).mean(dim, keepdim=True).to(out.dtype).expand_as(new))
     return out
 
 
 def rescale(tensor: torch.Tensor, factor: float, offset: float = 0.0) -> torch.Tensor:
-    """Multiplies a tensor (or a gain stored as ``gain - offset``) by a factor, in float32.
+    """Multiplies a tensor (or a gain stored as ``gain - offset``) by a factor; the result stays in float32.
 
     ``RMSNorm`` over d' of d units sees another root mean square; its gain takes up the ratio (factor). Gemma stores
     its gains less one, hence ``offset=1`` there: ``(w + 1) * factor - 1``.
     """
     if factor == 1.0:
         return tensor
-    return ((tensor.float() + offset) * factor - offset).to(tensor.dtype)
+    return (_wide(tensor) + offset) * factor - offset

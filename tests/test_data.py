@@ -241,7 +241,7 @@ def test_too_little_text_is_refused(documents: list[str]) -> None:
 
 
 def test_a_wrong_fraction_is_refused() -> None:
-    with pytest.raises(RecipeError, match="at most 0.5, got 0.7"):
+    with pytest.raises(RecipeError, match=r"at most 0\.5, got 0\.7"):
         split_documents(make_documents(), 0.7, seed=0)
 
 

@@ -1,0 +1,434 @@
+"""``build_chain``: from a recipe to a chain on disk, one anchor after the other, resumable.
+
+Every step is a function of the recipe, the text and the finished steps before it, and is written in full before it
+counts: the anchor's folder is renamed into place, then a record of the step appears under ``.build``. A build that was
+killed goes on behind its last record and ends with the same chain. ``chain.json`` is written last of all.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from cbd_hub import cards
+from cbd_hub import chain as manifests
+from cbd_hub.architectures import AXIS_MAPS, axis_map_for, register_axis_map
+from cbd_hub.assemble import Chain
+from cbd_hub.axis_map import AxisMap
+from cbd_hub.basis import rotate
+from cbd_hub.chain import Anchor, IndexMap, Manifest, Training
+from cbd_hub.checkpoints import checksum_file
+from cbd_hub.data import load_documents, pack, split_documents, train_tokenizer
+from cbd_hub.distill import distill
+from cbd_hub.errors import OutputExistsError, RecipeError
+from cbd_hub.evaluation import evaluate_loss, plot_size_loss
+from cbd_hub.hub import Location
+from cbd_hub.importance import rank
+from cbd_hub.materialize import build_model, make_tensor, parse_dtype, target_config
+from cbd_hub.plan import plan_subset
+from cbd_hub.recipe import AnchorSpec, Recipe, load_recipe, step_fingerprint
+from cbd_hub.sizing import Sizes, count_parameters, format_count, ladder
+
+__all__ = ["build_chain", "cut"]
+
+_LIBRARIES = ("cbd_hub", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Packed blocks of the three splits."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+
+
+def cut(model: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, index_map: IndexMap) -> PreTrainedModel:
+    """Returns a student that is a subset of a model: the units that an index map puts first.
+
+    Args:
+        model: The larger neighbour; not changed, and no tensor is shared with it.
+        axis_map: Its resolved map.
+        large: Its sizes.
+        small: Sizes of the student.
+        index_map: Which units are kept.
+
+    Raises:
+        AxisMapError: The sizes break a rule of the family.
+    """
+    plan = plan_subset(axis_map, large, small, index_map)
+    state = model.state_dict()
+
+    def read(name: str) -> torch.Tensor:
+        return state[name].detach().cpu().clone()
+
+    tensors = {
+        op.name: make_tensor(op, axis_map, index_map, (large, read), (small, read), small, model.dtype)
+        for op in plan.operations
+    }
+    return build_model(target_config(model.config, axis_map, plan), tensors, model.dtype)
+
+
+class _Build:
+    """One build: the recipe, the output folder, and what the steps share."""
+
+    def __init__(self, recipe: Recipe, base: Path, output: Path, progress: bool) -> None:
+        self.recipe = recipe
+        self.base = base
+        self.output = output
+        self.state = output / ".build"
+        self.progress = progress
+        if recipe.axis_map is not None:
+            register_axis_map(AxisMap.from_dict(recipe.axis_map))
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def splits(self) -> Any:
+        data = self.recipe.data
+        if data is None:
+            raise RecipeError("the recipe has no `data`, and something in it needs text")
+        return split_documents(load_documents(data, self.base), data.held_out_fraction, data.seed)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        wanted = self.recipe.tokenizer
+        if wanted is None:
+            return AutoTokenizer.from_pretrained(self._model_place()) if self.recipe.source.model else None
+        if isinstance(wanted, str):
+            return AutoTokenizer.from_pretrained(self._local(wanted))
+        return train_tokenizer(self.splits.train, wanted.vocab_size)
+
+    @cached_property
+    def text(self) -> _Text | None:
+        if self.recipe.data is None:
+            return None
+        if self.tokenizer is None:
+            raise RecipeError("the recipe has `data` but no `tokenizer`; name one, or train one: {vocab_size: 4096}")
+        length = self.recipe.data.sequence_length
+        return _Text(
+            *(pack(s, self.tokenizer, length) for s in (self.splits.train, self.splits.validation, self.splits.test))
+        )
+
+    def calibration(self) -> torch.Tensor | None:
+        """Token ids (N, S) of the validation text, for importance and basis; None without text."""
+        if self.text is None or self.recipe.calibration_tokens == 0:
+            return None
+        rows = max(1, self.recipe.calibration_tokens // self.recipe.data.sequence_length)  # type: ignore[union-attr]
+        blocks = self.text.validation.with_format("torch")[: min(rows, len(self.text.validation))]["input_ids"]
+        return blocks.long()
+
+    # -- models ---------------------------------------------------------------------------------------------------------
+
+    def _local(self, place: str) -> str:
+        path = (self.base / Path(place).expanduser()).resolve()
+        return str(path) if path.exists() else place
+
+    def _model_place(self) -> str:
+        return self._local(str(self.recipe.source.model))
+
+    def load(self, name: str) -> PreTrainedModel:
+        """Loads a finished anchor in float32."""
+        return AutoModelForCausalLM.from_pretrained(self.output / "anchors" / name, dtype=torch.float32).eval()
+
+    def _source_model(self) -> tuple[PreTrainedModel, Training | None]:
+        source = self.recipe.source
+        if source.model is not None:
+            try:
+                model = AutoModelForCausalLM.from_pretrained(
+                    self._model_place(), revision=source.revision, dtype=torch.float32, use_safetensors=True
+                )
+            except (OSError, ValueError) as error:
+                raise RecipeError(f"the source {source.model!r} cannot be loaded: {error}") from error
+            return model.eval(), None
+        train = source.train
+        assert train is not None and self.tokenizer is not None and self.text is not None  # the recipe saw to it
+        ids = {k: getattr(self.tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        values = {"vocab_size": len(self.tokenizer), **ids, **train.config}
+        try:
+            config = AutoConfig.for_model(train.architecture, **values)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"source.train.config is no {train.architecture} config: {error}") from error
+        axis_map_for(config)  # refuses an unknown family before hours are spent
+        torch.manual_seed(train.training.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        training = distill(
+            model,
+            None,
+            self.text.train,
+            self.text.validation,
+            train.training,
+            work_dir=self.state / "work",
+            progress=self.progress,
+        )
+        return model.eval(), training
+
+    # -- steps ----------------------------------------------------------------------------------------------------------
+
+    def source(self) -> tuple[str, PreTrainedModel, Training | None, IndexMap | None, str]:
+        """Step 0: the source becomes the largest anchor, rotated first where a later anchor is narrower."""
+        model, training = self._source_model()
+        axis_map = axis_map_for(model.config)
+        sizes = axis_map.sizes(model.config)
+        basis = "native"
+        blocks = self.calibration()
+        if axis_map.rotatable and blocks is not None and self._width_changes(axis_map, sizes):
+            rotate(model, axis_map, sizes, blocks)
+            basis = "pca"
+        name = self.recipe.source.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, sizes))}"
+        return name, model, training, None, basis
+
+    def _width_changes(self, axis_map: AxisMap, sizes: Sizes) -> bool:
+        for spec in self.recipe.anchors:
+            small = self._target(spec, axis_map, sizes)
+            if small["hidden"] != sizes["hidden"]:
+                return True
+            sizes = small
+        return False
+
+    def _target(self, spec: AnchorSpec, axis_map: AxisMap, large: Sizes) -> dict[str, int]:
+        """The sizes of the next anchor."""
+        if spec.shape is not None:
+            for field in spec.shape:
+                if field not in axis_map.fields:
+                    raise RecipeError(f"anchor shape has no field {field!r}; allowed: {', '.join(axis_map.fields)}")
+            return axis_map.sizes({**axis_map.config_fields(large), **spec.shape})
+        count = count_parameters(axis_map, large)
+        return ladder(axis_map, large, spec.num_parameters or round(count * (spec.fraction or 0)))
+
+    def anchor(
+        self, spec: AnchorSpec, parent: Anchor, basis: str
+    ) -> tuple[str, PreTrainedModel, Training, IndexMap, str]:
+        """Step k: rank the parent's units, cut the student out, distil it from the parent."""
+        teacher = self.load(parent.name)
+        axis_map = axis_map_for(teacher.config)
+        large = axis_map.sizes(teacher.config)
+        small = self._target(spec, axis_map, large)
+        index_map = rank(
+            teacher, axis_map, large, small, self.calibration(), prefix_hidden=basis == "pca", progress=self.progress
+        )
+        student = cut(teacher, axis_map, large, small, index_map)
+        config = (
+            self.recipe.distillation
+            if spec.tokens is None
+            else self.recipe.distillation.model_copy(update={"tokens": spec.tokens})
+        )
+        if config.tokens and self.text is None:
+            raise RecipeError("distillation.tokens is above 0 and the recipe has no `data`")
+        if config.tokens == 0:
+            training = Training(tokens=0, seed=config.seed)
+        else:
+            assert self.text is not None
+            training = distill(
+                student,
+                teacher,
+                self.text.train,
+                self.text.validation,
+                config,
+                index_map=index_map,
+                work_dir=self.state / "work",
+                progress=self.progress,
+            )
+        name = spec.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, small))}"
+        return name, student, training, index_map, basis
+
+    def step(self, index: int, parent: Anchor | None, basis: str) -> tuple[Anchor, IndexMap | None, str]:
+        """Runs step ``index`` (0 is the source), or takes it from the record of an earlier run."""
+        record = self.state / f"step-{index}.json"
+        maps = self.state / f"step-{index}.safetensors"
+        fingerprint = step_fingerprint(self.recipe, index)
+        if record.is_file():
+            saved = json.loads(record.read_text(encoding="utf-8"))
+            if saved["fingerprint"] != fingerprint:
+                raise OutputExistsError(
+                    f"{self.output} holds a build of another recipe (step {index} differs); name another folder, or "
+                    "start over with resume=False (--no-resume)"
+                )
+            anchor = Anchor.model_validate_json(json.dumps(saved["anchor"]))
+            for name, entry in anchor.files.items():
+                manifests.check_file(self.output / "anchors" / anchor.name / name, entry)
+            return anchor, self._read_map(anchor, maps), saved["basis"]
+        if index == 0:
+            name, model, training, index_map, basis = self.source()
+        else:
+            assert parent is not None
+            name, model, training, index_map, basis = self.anchor(self.recipe.anchors[index - 1], parent, basis)
+        anchor = self._save(name, model, training, index_map, parent)
+        if index_map is not None:
+            manifests.save_index_maps({anchor.name: index_map}, maps)
+        partial = record.with_suffix(".partial")
+        partial.write_text(
+            json.dumps({"fingerprint": fingerprint, "basis": basis, "anchor": anchor.model_dump(mode="json")})
+        )
+        partial.replace(record)
+        return anchor, index_map, basis
+
+    def _read_map(self, anchor: Anchor, path: Path) -> IndexMap | None:
+        if anchor.layer_order is None:
+            return None
+        return manifests.read_index_map(anchor, path)
+
+    def _save(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        training: Training | None,
+        index_map: IndexMap | None,
+        parent: Anchor | None,
+    ) -> Anchor:
+        """Writes an anchor's folder whole, then renames it into place; returns its manifest entry."""
+        axis_map = axis_map_for(model.config)
+        sizes = axis_map.sizes(model.config)
+        evaluation = None
+        if self.text is not None:
+            result = evaluate_loss(
+                model, self.text.test, progress=self.progress, max_tokens=self.recipe.evaluation.tokens
+            )
+            evaluation = manifests.Evaluation(**result.as_dict())
+        dtype = parse_dtype(self.recipe.dtype)
+        model.to(dtype)
+        model.config.dtype = dtype
+        folder = self.output / "anchors" / name
+        partial = self.state / f"partial-{name}"
+        for old in (folder, partial):
+            shutil.rmtree(old, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        model.config._name_or_path = name
+        model.save_pretrained(partial)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(partial)
+        files = {p.name: manifests.file_entry(p) for p in sorted(partial.iterdir()) if _is_model_file(p.name)}
+        partial.replace(folder)
+        return Anchor(
+            name=name,
+            subfolder=f"anchors/{name}",
+            shape=axis_map.config_fields(sizes),
+            num_parameters=count_parameters(axis_map, sizes),
+            dtype=self.recipe.dtype,
+            parent=parent.name if parent else None,
+            layer_order=[int(i) for i in index_map.layers] if index_map is not None else None,
+            files=files,
+            training=training,
+            evaluation=evaluation,
+        )
+
+    # -- the whole --------------------------------------------------------------------------------------------------------
+
+    def finish(self, anchors: list[Anchor], maps: Mapping[str, IndexMap], basis: str) -> Chain:
+        """Writes index maps, checksums, tokenizer, curve and card, and ``chain.json`` last."""
+        config: PreTrainedConfig = AutoConfig.from_pretrained(self.output / "anchors" / anchors[0].name)
+        axis_map = axis_map_for(config)
+        sums = {a.name: checksum_file(self.output / "anchors" / a.name, a.files) for a in anchors}
+        (self.output / manifests.CHECKSUMS_NAME).write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n")
+        maps_path = self.output / manifests.INDEX_MAPS_NAME
+        if any(m.orders or m.energy for m in maps.values()):
+            manifests.save_index_maps(maps, maps_path)
+        tokenizer = {}
+        if self.tokenizer is not None:
+            saved = self.tokenizer.save_pretrained(self.output)
+            tokenizer = {
+                n: manifests.file_entry(self.output / n)
+                for n in sorted({Path(s).name for s in saved or ()})
+                if (self.output / n).is_file()
+            }
+        manifest = Manifest(
+            name=self.recipe.name,
+            architecture=config.model_type,
+            axis_map=json.loads(json.dumps(axis_map.to_dict())),
+            basis=basis,  # type: ignore[arg-type]
+            source=self.recipe.source.model or "trained from scratch",
+            source_revision=self.recipe.source.revision,
+            license=self.recipe.license,
+            anchors=anchors,
+            tokenizer=tokenizer,
+            index_maps=manifests.file_entry(maps_path) if maps_path.is_file() else None,
+            checksums=manifests.file_entry(self.output / manifests.CHECKSUMS_NAME),
+            recipe=self.recipe.model_dump(mode="json", exclude_none=True, exclude={"axis_map", "hub"}),
+            versions={library: version(library) for library in _LIBRARIES},
+        )
+        manifest = manifest.model_copy(update={"curve": self._curve(manifest)})
+        if manifest.curve:
+            _plot(manifest, self.output / "size_loss.png")
+        cards.chain_card(manifest).save(self.output / "README.md")
+        manifests.write_manifest(manifest, self.output)
+        return Chain.from_pretrained(self.output)
+
+    def _curve(self, manifest: Manifest) -> list[manifests.CurvePoint]:
+        """Held-out loss of models between every two anchors, evenly spaced."""
+        if self.text is None:
+            return []
+        chain, points = Chain(Location(str(self.output)), manifest), []
+        per_pair = self.recipe.evaluation.curve_points
+        for large, small in zip(manifest.anchors, manifest.anchors[1:], strict=False):
+            for k in range(1, per_pair + 1):
+                target = small.num_parameters + (large.num_parameters - small.num_parameters) * k // (per_pair + 1)
+                plan = chain.plan(target)
+                model = chain.initialize(plan, dtype=torch.float32, progress=False)
+                result = evaluate_loss(model, self.text.test, max_tokens=self.recipe.evaluation.tokens)
+                points.append(
+                    manifests.CurvePoint(num_parameters=plan.num_parameters, loss=result.loss, method=plan.method)
+                )
+        return points
+
+
+def _plot(manifest: Manifest, path: Path) -> None:
+    anchors = [(a.name, a.num_parameters, a.evaluation.loss) for a in manifest.anchors if a.evaluation]
+    series: dict[str, list[tuple[int, float]]] = {}
+    for point in manifest.curve:
+        series.setdefault(point.method, []).append((point.num_parameters, point.loss))
+    plot_size_loss({k: sorted(v) for k, v in series.items()}, anchors, path, f"{manifest.name}: held-out loss by size")
+
+
+def _is_model_file(name: str) -> bool:
+    return name in ("config.json", "generation_config.json") or name.startswith("model")
+
+
+def build_chain(
+    recipe: str | Path | Mapping[str, Any] | Recipe, output_dir: str | Path, resume: bool = True, progress: bool = True
+) -> Chain:
+    """Builds a chain: source, then every anchor distilled from its larger neighbour.
+
+    Args:
+        recipe: Path of a YAML file, a mapping, or a :class:`cbd_hub.recipe.Recipe`.
+        output_dir: Folder of the chain. One that holds an unfinished build of the same recipe is gone on with.
+        resume: False starts over (the folder's earlier build is removed).
+        progress: Show progress bars (HF_HUB_DISABLE_PROGRESS_BARS is obeyed).
+
+    Returns:
+        The finished chain.
+
+    Cost: dominated by distillation; every finished anchor is kept, whatever happens later.
+
+    Raises:
+        RecipeError: The recipe is malformed or cannot be carried out.
+        OutputExistsError: The folder holds something else, or a build of another recipe.
+        SizeError: An anchor's size cannot be had.
+    """
+    loaded, base = load_recipe(recipe)
+    output = Path(output_dir).expanduser()
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / ".build").is_dir())):
+        raise OutputExistsError(f"{output} exists and holds no build; name a new folder (nothing was changed)")
+    if not resume and output.exists():
+        shutil.rmtree(output)
+    build = _Build(loaded, base, output, progress)
+    build.state.mkdir(parents=True, exist_ok=True)
+    anchors: list[Anchor] = []
+    maps: dict[str, IndexMap] = {}
+    basis = "native"
+    for index in range(len(loaded.anchors) + 1):
+        anchor, index_map, basis = build.step(index, anchors[-1] if anchors else None, basis)
+        anchors.append(anchor)
+        if index_map is not None:
+            maps[anchor.name] = index_map
+    chain = build.finish(anchors, maps, basis)
+    shutil.rmtree(build.state / "work", ignore_errors=True)
+    return chain

@@ -1,0 +1,151 @@
+"""Carrying out a plan: from operations to tensors, from tensors to a transformers model.
+
+:func:`make_tensor` knows neither files nor the Hub: it is given functions that read a tensor by name, and so serves
+assembly (anchors on disk) and building (a student cut out of a teacher in memory) alike.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from cbd_hub.axis_map import AxisMap
+from cbd_hub.chain import IndexMap
+from cbd_hub.checkpoints import DTYPES
+from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
+from cbd_hub.plan import Plan, TensorOp
+from cbd_hub.sizing import Sizes
+from cbd_hub.tensors import blend, expand, rescale, take
+
+__all__ = ["Read", "build_model", "make_tensor", "parse_dtype", "require_empty", "target_config"]
+
+Read = Callable[[str], torch.Tensor]
+"""Reads one parameter of an anchor by its transformers name."""
+
+
+def make_tensor(
+    op: TensorOp,
+    axis_map: AxisMap,
+    index_map: IndexMap | None,
+    large: tuple[Sizes, Read],
+    small: tuple[Sizes, Read],
+    target: Sizes,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Carries out one operation of a plan.
+
+    Args:
+        op: The operation.
+        axis_map: The resolved map of the family.
+        index_map: Correspondence of the two anchors; None where the tensor is copied as it is.
+        large: Sizes of the large anchor and a function that reads one of its tensors.
+        small: The same of the small anchor.
+        target: Sizes of the target.
+        dtype: What the result is cast to, once.
+
+    Returns:
+        A contiguous tensor of shape ``op.shape`` that owns its memory.
+    """
+    layout = axis_map.layout(op.pattern)
+    offset = 1.0 if axis_map.norm == "rms+1" and op.pattern in axis_map.norms else 0.0
+    base: torch.Tensor | None = None
+    if op.large:
+        base = large[1](op.large)
+        if index_map is not None:
+            sizes = large[0]
+            taken = {
+                axis: index_map.order(axis, op.layer, sizes[axis])[: target[axis]]
+                for axis in layout.axes
+                if axis in index_map.orders or target[axis] != sizes[axis]
+            }
+            base = rescale(take(base, layout, sizes, taken), op.large_scale, offset)
+    if op.small:
+        addition = rescale(small[1](op.small), op.small_scale, offset)
+        if base is None:
+            base = expand(addition, layout, small[0], target, op.mean_axis)
+        else:
+            work = dtype if base.dtype == addition.dtype == dtype else torch.float32
+            base = base.to(work).clone(memory_format=torch.contiguous_format)
+            if op.masked:
+                base = blend(base, addition, op.alpha, layout, small[0], target)
+            else:
+                zero_filled = expand(addition, layout, small[0], target)
+                base = blend(base, zero_filled, op.alpha, layout, target, target)
+    elif base is not None and not op.masked and op.alpha:  # the paper's rule for a block without a partner
+        base = rescale(base, 1 - op.alpha)
+    if base is None:
+        return torch.zeros(op.shape, dtype=dtype)
+    whole = base.to(dtype).contiguous()
+    return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
+
+
+def target_config(config: PreTrainedConfig, axis_map: AxisMap, plan: Plan) -> PreTrainedConfig:
+    """Returns the config of the target: the large anchor's, with the plan's sizes and per-layer lists cut along.
+
+    Raises:
+        SizeError: transformers refuses the sizes.
+    """
+    values = config.to_dict()
+    values.update(plan.shape)
+    if plan.index_map is not None:
+        layers = sorted(int(i) for i in plan.index_map.layers[: plan.sizes["layers"]])
+        for name in axis_map.layer_lists:
+            if values.get(name):
+                values[name] = [values[name][i] for i in layers]
+    if "head_dim" in axis_map.fields:
+        values["head_dim"] = plan.sizes["head_dim"]
+    for name in ("cbd_hub", "auto_map"):  # its own origin is written later; code of a repository is never passed on
+        values.pop(name, None)
+    try:
+        return type(config).from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise SizeError(f"transformers refuses the shape {dict(plan.shape)}: {error}") from error
+
+
+def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """Makes a transformers model around tensors (which it then shares, without a copy), in eval mode.
+
+    Raises:
+        AxisMapError: No causal language model class for this config, or a parameter that was not loaded.
+    """
+    try:
+        model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
+    except KeyError:
+        raise AxisMapError(f"transformers has no causal language model for {type(config).__name__}") from None
+    loaded: Any = model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    model, info = loaded
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if problems := {k: sorted(set(v) - tied) for k, v in info.items() if k.endswith("_keys") and set(v) - tied}:
+        raise AxisMapError(f"the axis map does not cover {model_class.__name__}: {problems}")
+    model.config.dtype = dtype
+    model.eval()
+    return model
+
+
+def require_empty(folder: str | Path) -> Path:
+    """Returns the path of a folder that does not exist yet or is empty.
+
+    Raises:
+        OutputExistsError: It holds something, or is a file.
+    """
+    path = Path(folder).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputExistsError(f"{path} is not empty; name a new folder, or empty it first (nothing was changed)")
+    return path
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Returns the torch dtype of a name such as ``"bfloat16"``.
+
+    Raises:
+        SizeError: Not a floating-point dtype that weights are published in.
+    """
+    allowed = {str(value).removeprefix("torch."): value for value in DTYPES.values()}
+    found = dtype if isinstance(dtype, torch.dtype) else allowed.get(str(dtype))
+    if found is None or found not in allowed.values():
+        raise SizeError(f"dtype is {dtype!r}; allowed: 'auto', {', '.join(allowed)}")
+    return found
