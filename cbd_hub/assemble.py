@@ -5,16 +5,17 @@ then are weights read: each tensor once, blended in float32, cast once, and its 
 memory stays near the target's size plus the largest pair of source tensors.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.tqdm import tqdm
+from pydantic import TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -133,9 +134,9 @@ class Chain:
             return {}
         path = self._checked(self.location, manifests.CHECKSUMS_NAME, self.manifest.checksums)
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise IntegrityError(f"{path} is malformed: {error}") from None
+            return TypeAdapter(dict[str, dict[str, str]]).validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise IntegrityError(f"{path} is malformed: {error.errors()[0]['msg']}") from None
 
     @staticmethod
     def _checked(location: Location, name: str, entry: manifests.FileEntry) -> Path:
@@ -181,7 +182,9 @@ class Chain:
         """
         place = self._place(anchor)
         names = [name for name in anchor.files if name.endswith(".safetensors")]
-        paths = []
+        if not names:
+            raise IntegrityError(f"anchor {anchor.name!r} has no safetensors file; no other weights are read")
+        checksums, paths = self._checksums.get(anchor.name), []
         for name in names:
             try:
                 path = place.file(name)
@@ -192,11 +195,13 @@ class Chain:
                     f"{name} of anchor {anchor.name!r} has {path.stat().st_size} bytes; the manifest says "
                     f"{anchor.files[name].size}: the file is damaged or incomplete, fetch it again"
                 )
+            if checksums is None:  # no digest a tensor: then of the whole file
+                manifests.check_file(path, anchor.files[name])
             paths.append(path)
         axis_map = self.manifest.resolved_axis_map
-        checkpoint = Checkpoint(paths, axis_map, self._checksums.get(anchor.name))
+        checkpoint = Checkpoint(paths, axis_map, checksums)
         try:
-            checkpoint.check(axis_map.sizes(anchor.shape))
+            checkpoint.check(axis_map.sizes(anchor.shape), parse_dtype(anchor.dtype))
         except IntegrityError as error:
             raise IntegrityError(f"anchor {anchor.name!r}: {error}") from None
         return checkpoint
@@ -211,14 +216,14 @@ class Chain:
         path = self._checked(self._place(anchor), "config.json", anchor.files["config.json"])
         try:
             config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
-        except (ValueError, KeyError, OSError, TypeError) as error:
+        except (ValueError, KeyError, OSError, TypeError, AttributeError, StrictDataclassError) as error:
             raise ManifestError(f"config.json of anchor {anchor.name!r} cannot be used: {error}") from error
         axis_map = self.manifest.resolved_axis_map
         if config.model_type != self.manifest.architecture or axis_map.sizes(config) != axis_map.sizes(anchor.shape):
             raise ManifestError(f"config.json of anchor {anchor.name!r} contradicts the shape in the manifest")
         if config.model_type in AXIS_MAPS:
             known = axis_map_for(config)
-            if (known.tensors, known.norms, known.tied) != (axis_map.tensors, axis_map.norms, axis_map.tied):
+            if replace(known, free=()) != replace(axis_map, free=()):
                 raise ManifestError(
                     f"the manifest's axis map is not that of {config.model_type!r} models; the chain was made by "
                     "another version or altered"
@@ -244,6 +249,8 @@ class Chain:
         axis_map = self.manifest.resolved_axis_map
         out_dtype = parse_dtype(large.dtype if dtype == "auto" else dtype)
         config = target_config(self.config(large), axis_map, plan)
+        if small is not large:
+            self.config(small)  # checked, though what a model needs of it stands in the manifest
         needed = {plan.large: any(op.large for op in plan.operations), plan.small: True}
         if plan.large != plan.small:
             needed[plan.small] = any(op.small for op in plan.operations)
@@ -263,7 +270,10 @@ class Chain:
         model = build_model(config, state, out_dtype)
         if "generation_config.json" in large.files:
             path = self._checked(self._place(large), "generation_config.json", large.files["generation_config.json"])
-            model.generation_config = GenerationConfig.from_pretrained(path.parent)
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(path.parent)
+            except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+                raise ManifestError(f"{path} cannot be used: {error}") from error
         self._sign(model, plan)
         return model
 

@@ -8,7 +8,7 @@ killed goes on behind its last record and ends with the same chain. ``chain.json
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub import cards
 from cbd_hub import chain as manifests
-from cbd_hub.architectures import AXIS_MAPS, axis_map_for, register_axis_map
+from cbd_hub.architectures import axis_map_for, register_axis_map
 from cbd_hub.assemble import Chain
 from cbd_hub.axis_map import AxisMap
 from cbd_hub.basis import rotate

@@ -10,6 +10,7 @@ Everything is deterministic: the same text gives the same splits, the same token
 
 import glob
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, List, Value, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetsError
 from pydantic import BaseModel, Field, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -113,6 +114,7 @@ def load_documents(config: DataConfig, base_dir: str | Path = ".") -> Documents:
         RecipeError: nothing matches a pattern; a file cannot be read, is not UTF-8 or is empty; the dataset,
             its split or its column does not exist.
     """
+    _follow_hub_progress_setting()
     if config.dataset is not None:
         return _load_rows(config.dataset, Path(base_dir), config.streaming)
     paths = _match_files(config.text_files or [], Path(base_dir))
@@ -144,13 +146,11 @@ def split_documents(documents: Documents, held_out_fraction: float, seed: int) -
         raise RecipeError(f"held_out_fraction must be above 0 and at most 0.5, got {held_out_fraction}.")
     half = held_out_fraction / 2
     if isinstance(documents, IterableDataset):
-        bounds = {"validation": (0.0, half), "test": (half, 2 * half), "train": (2 * half, 1.0)}
-        return Splits(
-            **{
-                name: documents.filter(_hash_between, fn_kwargs={"seed": seed, "low": low, "high": high})
-                for name, (low, high) in bounds.items()
-            }
-        )
+
+        def between(low: float, high: float) -> IterableDataset:
+            return documents.filter(_hash_between, fn_kwargs={"seed": seed, "low": low, "high": high})
+
+        return Splits(between(2 * half, 1.0), validation=between(0.0, half), test=between(half, 2 * half))
 
     hashes, lengths = [], []
     for row in documents:
@@ -229,6 +229,7 @@ def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, sequence_leng
     """
     if tokenizer.eos_token_id is None:
         raise RecipeError("The tokenizer has no eos_token, which ends a document; set tokenizer.eos_token.")
+    _follow_hub_progress_setting()
     features = Features({"input_ids": List(Value("int32"), length=sequence_length)})
     if isinstance(documents, IterableDataset):
         arguments = {"documents": documents, "tokenizer": tokenizer, "sequence_length": sequence_length}
@@ -263,6 +264,12 @@ def token_batches(blocks: Documents | Tensor, batch_size: int) -> Iterator[Tenso
         yield torch.from_numpy(np.asarray(batch["input_ids"], dtype=np.int64))
 
 
+def _follow_hub_progress_setting() -> None:
+    """The variable that turns the Hub's progress bars off turns those of `datasets`, which has its own, off too."""
+    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        disable_progress_bars()
+
+
 def _match_files(patterns: str | list[str], base_dir: Path) -> list[Path]:
     """All files that match any pattern, sorted by their path below `base_dir`, each once."""
     matched: set[str] = set()
@@ -294,13 +301,8 @@ def _read_documents(paths: Sequence[Path]) -> Iterator[dict[str, str]]:
 def _load_rows(source: DatasetSource, base_dir: Path, streaming: bool) -> Documents:
     folder = base_dir / source.name
     try:
-        rows = load_dataset(
-            str(folder) if folder.is_dir() else source.name,
-            source.config,
-            split=source.split,
-            revision=source.revision,
-            streaming=streaming,
-        )
+        path = str(folder) if folder.is_dir() else source.name
+        rows = load_dataset(path, source.config, split=source.split, revision=source.revision, streaming=streaming)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise RecipeError(f"The dataset {source.name!r} cannot be loaded: {error}") from error
     columns = rows.column_names or list(next(iter(rows), {}))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from cbd_hub.axis_map import AxisMap
@@ -100,7 +101,7 @@ def target_config(config: PreTrainedConfig, axis_map: AxisMap, plan: Plan) -> Pr
         values.pop(name, None)
     try:
         return type(config).from_dict(values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise SizeError(f"transformers refuses the shape {dict(plan.shape)}: {error}") from error
 
 

@@ -32,6 +32,7 @@ ORDER = [
     "basis",
     "distill",
     "recipe",
+    "compare",
     "build",
     "cli",
 ]

@@ -1,0 +1,285 @@
+"""The command line: argument parsing and printing only; everything else is the library's.
+
+Exit 0 on success, 1 with one line on standard error on failure (a traceback only with ``--debug``), 2 on wrong usage.
+``--json`` prints one JSON document on standard output and nothing else there.
+"""
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cbd_hub.errors import CbdError
+
+if TYPE_CHECKING:
+    from cbd_hub.assemble import Chain
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="cbd-hub",
+    help="Chain-based distillation: build a chain of anchors, and make a model of any size from it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ChainArgument = Annotated[
+    str, typer.Argument(help="A Hub repo id, or a folder that holds chain.json.", metavar="CHAIN")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
+Token = Annotated[str | None, typer.Option(help="Hub token; by default the one that `hf auth login` stored.")]
+CacheDir = Annotated[str | None, typer.Option(help="Another cache folder than HF_HOME's.")]
+LocalOnly = Annotated[bool, typer.Option("--local-files-only", help="Use the cache alone; never ask the Hub.")]
+Size = Annotated[str | None, typer.Option(help="Size, e.g. 138M, 1.2B or 138000000.")]
+ShapeOption = Annotated[str | None, typer.Option(help="Or the shape, as JSON: '{\"num_hidden_layers\": 14}'.")]
+Alpha = Annotated[float | None, typer.Option(help="Weight of the small anchor, 0 to 1; by default 1 - position.")]
+Method = Annotated[str, typer.Option(help="auto, interpolate, paper, expand or prune.")]
+Tolerance = Annotated[float, typer.Option(help="Largest relative error of the parameter count.")]
+
+
+@app.callback()
+def _options(
+    context: typer.Context, debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False
+) -> None:
+    context.obj = {"debug": debug}
+
+
+def _open(chain: str, revision: str | None, token: str | None, cache_dir: str | None, local: bool) -> "Chain":
+    from cbd_hub.assemble import Chain
+
+    return Chain.from_pretrained(chain, revision, token, cache_dir, local)
+
+
+def _print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=1) + "\n")
+
+
+def _shape(text: str | None) -> dict[str, int] | None:
+    if text is None:
+        return None
+    try:
+        shape = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"--shape is no JSON: {error}") from None
+    if not isinstance(shape, dict):
+        raise typer.BadParameter("--shape must be a JSON object of config fields")
+    return shape
+
+
+@app.command()
+def build(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE.yaml")],
+    output: Annotated[Path, typer.Option(help="Folder of the chain.")],
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of going on.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Builds a chain from a recipe; goes on where an earlier run was stopped.
+
+    Example: cbd-hub build examples/recipes/quickstart.yaml --output my-chain
+    """
+    from cbd_hub.build import build_chain
+
+    chain = build_chain(recipe, output, resume=not no_resume, progress=not as_json)
+    _show_chain(chain, as_json)
+
+
+@app.command()
+def inspect(
+    chain: ChainArgument,
+    as_json: Json = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Shows the anchors of a chain, their sizes, losses and origin.
+
+    Example: cbd-hub inspect my-chain
+    """
+    _show_chain(_open(chain, revision, token, cache_dir, local_files_only), as_json)
+
+
+def _show_chain(chain: "Chain", as_json: bool) -> None:
+    from cbd_hub.sizing import format_count
+
+    manifest = chain.manifest
+    if as_json:
+        _print_json(manifest.model_dump(mode="json", exclude={"axis_map"}, exclude_none=True))
+        return
+    console = Console()
+    console.print(
+        f"{manifest.name}: a {manifest.architecture} chain from {manifest.source}, licence "
+        f"{manifest.license or 'not stated'}, basis {manifest.basis}",
+        markup=False,
+    )
+    table = Table("anchor", "parameters", "shape", "trained on", "held-out loss", "perplexity", "aligned")
+    for anchor in manifest.anchors:
+        told = anchor.evaluation
+        table.add_row(
+            anchor.name,
+            format_count(anchor.num_parameters),
+            " ".join(f"{name}={value}" for name, value in anchor.shape.items()),
+            f"{format_count(anchor.training.tokens)} tokens" if anchor.training else "-",
+            f"{told.loss:.4f} ({format_count(told.num_tokens)} tokens)" if told else "-",
+            f"{told.perplexity:.2f}" if told else "-",
+            "yes" if anchor.aligned else "no",
+        )
+    console.print(table)
+    if manifest.curve:
+        points = ", ".join(f"{format_count(p.num_parameters)} {p.loss:.3f}" for p in manifest.curve)
+        console.print(f"measured in between (nats a token): {points}", markup=False)
+
+
+@app.command()
+def plan(
+    chain: ChainArgument,
+    num_parameters: Size = None,
+    shape: ShapeOption = None,
+    alpha: Alpha = None,
+    method: Method = "auto",
+    tolerance: Tolerance = 0.01,
+    as_json: Json = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Shows what from-chain would do: a dry run that reads no weights.
+
+    Example: cbd-hub plan my-chain --num-parameters 138M
+    """
+    made = _open(chain, revision, token, cache_dir, local_files_only).plan(
+        num_parameters,
+        shape=_shape(shape),
+        alpha="auto" if alpha is None else alpha,
+        method=method,
+        tolerance=tolerance,
+    )
+    if as_json:
+        _print_json(made.as_dict())
+    else:
+        sys.stdout.write(f"{made}\n")
+
+
+@app.command("from-chain")
+def from_chain_command(
+    chain: ChainArgument,
+    output: Annotated[Path, typer.Option(help="A new or empty folder for the model.")],
+    num_parameters: Size = None,
+    shape: ShapeOption = None,
+    alpha: Alpha = None,
+    method: Method = "auto",
+    tolerance: Tolerance = 0.01,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    as_json: Json = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Makes a model of any size from a chain and writes it as a ready folder: weights, config, tokenizer, card.
+
+    Example: cbd-hub from-chain my-chain --num-parameters 138M --output my-model
+    """
+    opened = _open(chain, revision, token, cache_dir, local_files_only)
+    made = opened.plan(
+        num_parameters,
+        shape=_shape(shape),
+        alpha="auto" if alpha is None else alpha,
+        method=method,
+        tolerance=tolerance,
+    )
+    opened.save_model(made, output, dtype=dtype, progress=not as_json)
+    if as_json:
+        _print_json({**made.as_dict(), "output": str(output)})
+    else:
+        sys.stdout.write(f"{made.num_parameters:,} parameters, {made.method}, written to {output}\n")
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="A model (folder or repo id) or a chain.", metavar="MODEL_OR_CHAIN")],
+    text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to measure on; may be repeated.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a block.", min=2)] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.", min=1)] = None,
+    as_json: Json = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Measures perplexity on text: of one model, or of every anchor of a chain.
+
+    Example: cbd-hub eval my-chain --text held-out.txt
+    """
+    from cbd_hub.compare import evaluate_on_text
+
+    rows = evaluate_on_text(
+        model,
+        text or [],
+        sequence_length=sequence_length,
+        max_tokens=max_tokens,
+        progress=not as_json,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("model", "parameters", "loss (nats a token)", "perplexity", "tokens")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{row['num_parameters']:,}",
+            f"{row['loss']:.4f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['num_tokens']:,}",
+        )
+    Console().print(table)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Prints versions and settings, for bug reports."""
+    libraries = ["cbd_hub", "torch", "transformers", "huggingface_hub", "safetensors", "datasets", "accelerate"]
+    facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for library in libraries:
+        try:
+            facts[library] = version(library)
+        except PackageNotFoundError:
+            facts[library] = "not installed"
+    import torch
+
+    facts["accelerator"] = (
+        str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "none (CPU)"
+    )
+    facts |= {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT") if name in os.environ}
+    if as_json:
+        _print_json(facts)
+    else:
+        for name, value in facts.items():
+            sys.stdout.write(f"- {name}: {value}\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(arguments)
+    except (CbdError, OSError, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        sys.stderr.write(f"cbd-hub: {message}\n")
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)

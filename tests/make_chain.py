@@ -1,0 +1,196 @@
+"""Chains on disk from tiny random models, made without training: every anchor is cut out of its larger neighbour.
+
+The units of every axis that shrinks are kept in a random order, so nothing may rely on prefixes, and noise is added
+to the smaller anchor's weights, so that the two differ wherever they overlap.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tiny_models import VARIANTS, tiny_config, tiny_model
+from transformers import PreTrainedModel
+
+from cbd_hub.architectures import axis_map_for
+from cbd_hub.axis_map import AxisMap
+from cbd_hub.chain import (
+    CHECKSUMS_NAME,
+    INDEX_MAPS_NAME,
+    MANIFEST_NAME,
+    Anchor,
+    IndexMap,
+    Manifest,
+    file_entry,
+    save_index_maps,
+    write_manifest,
+)
+from cbd_hub.checkpoints import checksum
+from cbd_hub.materialize import build_model, make_tensor, target_config
+from cbd_hub.plan import plan_subset
+from cbd_hub.sizing import count_parameters
+
+__all__ = ["edit_manifest", "make_chain", "random_index_map", "refresh", "steps_for", "variant_model"]
+
+
+def variant_model(variant: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """The tiny random model of a variant."""
+    family, fields = VARIANTS[variant]
+    return tiny_model(tiny_config(family, **{**fields, **overrides}), dtype)
+
+
+def steps_for(axis_map: AxisMap, sizes: Mapping[str, int], width: bool = True) -> list[dict[str, int]]:
+    """Sizes of two smaller anchors: fewer ffn units and layers, then less of everything that a family allows."""
+    middle = {**sizes, "ffn": sizes["ffn"] * 5 // 8, "layers": sizes["layers"] - 1}
+    small = {**middle, "ffn": sizes["ffn"] // 3}
+    if width:
+        for axis in ("kv_heads", "q_per_kv", "heads"):
+            if sizes.get(axis, 1) > 1:
+                small[axis] = sizes[axis] // 2
+                break
+        heads = small.get("heads", small.get("kv_heads", 0) * small.get("q_per_kv", 0))
+        if "hidden" in axis_map.equal:
+            small["hidden"] = heads * small["head_dim"]
+        else:
+            small["hidden"] = sizes["hidden"] * 2 // 3 // heads * heads
+    else:
+        small["layers"] = max(1, middle["layers"] - 1)
+    return [middle, small]
+
+
+def random_index_map(
+    axis_map: AxisMap, large: Mapping[str, int], small: Mapping[str, int], rng: np.random.Generator, energy: bool = False
+) -> IndexMap:
+    """A random order of the units of every axis that differs, and of the layers."""
+    kept = np.sort(rng.permutation(large["layers"])[: small["layers"]])
+    rest = rng.permutation(np.setdiff1d(np.arange(large["layers"]), kept))
+    orders = {}
+    for axis in large:
+        if axis == "layers" or large[axis] == small[axis]:
+            continue
+        rows = 1 if axis == "hidden" else large["layers"]
+        order = np.stack([rng.permutation(large[axis]) for _ in range(rows)]).astype(np.int32)
+        orders[axis] = order[0] if axis == "hidden" else order
+    shares = {}
+    for gain in axis_map.norms if energy else ():
+        if "hidden" in axis_map.layout(gain).axes:
+            shape = (large["layers"], large["hidden"]) if "*" in gain else (large["hidden"],)
+            share = rng.gamma(2.0, size=shape)
+            shares[gain] = (share / share.mean(-1, keepdims=True)).astype(np.float32)
+    return IndexMap(np.concatenate([kept, rest]), orders, shares)
+
+
+def make_chain(
+    folder: Path,
+    model: PreTrainedModel,
+    steps: Sequence[Mapping[str, int]] | None = None,
+    *,
+    width: bool = True,
+    seed: int = 0,
+    noise: float = 0.02,
+    energy: bool = False,
+    max_shard_size: str = "1GB",
+    checksums: bool = True,
+    names: Sequence[str] = (),
+    **claims: Any,
+) -> Path:
+    """Writes a chain folder whose largest anchor is ``model``.
+
+    Args:
+        folder: Where to; made.
+        model: The source.
+        steps: Axis sizes of the smaller anchors, largest first; None for those of :func:`steps_for`.
+        width: Passed to :func:`steps_for`.
+        seed: Of the random orders and the noise.
+        noise: Standard deviation of what is added to the smaller anchor's weights.
+        energy: Whether the index maps hold (random) energies.
+        max_shard_size: Passed to ``save_pretrained``.
+        checksums: Whether to write ``checksums.json``.
+        names: Names of the anchors.
+        claims: Further fields of every anchor but the first (``aligned``).
+    """
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    axis_map = axis_map_for(model.config)
+    sizes = axis_map.sizes(model.config)
+    dtype = model.dtype
+    folder.mkdir(parents=True)
+    maps: dict[str, IndexMap] = {}
+    anchors: list[Anchor] = []
+    previous = sizes
+    for i, target in enumerate([sizes, *(steps_for(axis_map, sizes, width) if steps is None else steps)]):
+        name = names[i] if names else f"a{i}"
+        if i:
+            maps[name] = random_index_map(axis_map, previous, target, rng, energy)
+            plan = plan_subset(axis_map, previous, target, maps[name])
+            stored = model.state_dict()
+            state = {
+                op.name: make_tensor(
+                    op, axis_map, maps[name], (previous, stored.__getitem__), (target, {}.__getitem__), target, dtype
+                )
+                for op in plan.operations
+            }
+            for value in state.values():
+                value += noise * torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            model = build_model(target_config(model.config, axis_map, plan), state, dtype)
+        model.save_pretrained(folder / "anchors" / name, max_shard_size=max_shard_size)
+        anchors.append(
+            Anchor(
+                name=name,
+                subfolder=f"anchors/{name}",
+                shape=axis_map.config_fields(target),
+                num_parameters=count_parameters(axis_map, target),
+                dtype=str(dtype).removeprefix("torch."),
+                parent=anchors[-1].name if anchors else None,
+                layer_order=maps[name].layers.tolist() if i else None,
+                files={"config.json": file_entry(folder / "anchors" / name / "config.json")},
+                **(claims if i else {}),
+            )
+        )
+        previous = target
+    if any(m.orders or m.energy for m in maps.values()):
+        save_index_maps(maps, folder / INDEX_MAPS_NAME)
+    manifest = Manifest(
+        name=f"{model.config.model_type}-chain",
+        architecture=model.config.model_type,
+        axis_map=axis_map.to_dict(),
+        source="random",
+        anchors=anchors,
+    )
+    write_manifest(manifest, folder)
+    if checksums:
+        (folder / CHECKSUMS_NAME).write_text("{}", encoding="utf-8")
+    refresh(folder)
+    return folder
+
+
+def refresh(folder: Path) -> None:
+    """Brings every hash and size of a chain folder in line with its files."""
+    data = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    digests = {}
+    for anchor in data["anchors"]:
+        place = folder / anchor["subfolder"]
+        anchor["files"] = {p.name: file_entry(p).model_dump() for p in sorted(place.iterdir())}
+        digests[anchor["name"]] = {
+            key: checksum(value.contiguous().view(torch.uint8).numpy())
+            for file in sorted(place.glob("*.safetensors"))
+            for key, value in load_file(file).items()
+        }
+    if (folder / CHECKSUMS_NAME).exists():
+        (folder / CHECKSUMS_NAME).write_text(json.dumps(digests), encoding="utf-8")
+    for key, name in (("index_maps", INDEX_MAPS_NAME), ("checksums", CHECKSUMS_NAME)):
+        if (folder / name).exists():
+            data[key] = file_entry(folder / name).model_dump()
+    (folder / MANIFEST_NAME).write_text(json.dumps(data), encoding="utf-8")
+
+
+def edit_manifest(folder: Path, *path: str | int, value: Any) -> None:
+    """Replaces one value of ``chain.json``, as an editor would."""
+    data = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    (folder / MANIFEST_NAME).write_text(json.dumps(data), encoding="utf-8")
