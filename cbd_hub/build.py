@@ -90,7 +90,7 @@ class _Build:
         if recipe.axis_map is not None:
             register_axis_map(AxisMap.from_dict(recipe.axis_map))
 
-    # -- text ---------------------------------------------------------------------------------------------------------
+    # -- text -----------------------------------------------------------------------------------------------------------
 
     @cached_property
     def splits(self) -> Any:
@@ -151,7 +151,8 @@ class _Build:
                 raise RecipeError(f"the source {source.model!r} cannot be loaded: {error}") from error
             return model.eval(), None
         train = source.train
-        assert train is not None and self.tokenizer is not None and self.text is not None  # the recipe saw to it
+        if train is None or self.tokenizer is None or self.text is None:
+            raise RecipeError("a source trained from scratch needs `source.train`, `tokenizer` and `data`")
         ids = {k: getattr(self.tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         values = {"vocab_size": len(self.tokenizer), **ids, **train.config}
         try:
@@ -222,12 +223,11 @@ class _Build:
             if spec.tokens is None
             else self.recipe.distillation.model_copy(update={"tokens": spec.tokens})
         )
-        if config.tokens and self.text is None:
-            raise RecipeError("distillation.tokens is above 0 and the recipe has no `data`")
         if config.tokens == 0:
             training = Training(tokens=0, seed=config.seed)
+        elif self.text is None:
+            raise RecipeError("distillation.tokens is above 0 and the recipe has no `data`")
         else:
-            assert self.text is not None
             training = distill(
                 student,
                 teacher,
@@ -257,10 +257,9 @@ class _Build:
             for name, entry in anchor.files.items():
                 manifests.check_file(self.output / "anchors" / anchor.name / name, entry)
             return anchor, self._read_map(anchor, maps), saved["basis"]
-        if index == 0:
+        if parent is None:
             name, model, training, index_map, basis = self.source()
         else:
-            assert parent is not None
             name, model, training, index_map, basis = self.anchor(self.recipe.anchors[index - 1], parent, basis)
         anchor = self._save(name, model, training, index_map, parent)
         if index_map is not None:
@@ -293,9 +292,11 @@ class _Build:
             result = evaluate_loss(
                 model, self.text.test, progress=self.progress, max_tokens=self.recipe.evaluation.tokens
             )
-            evaluation = manifests.Evaluation(**result.as_dict())
+            evaluation = manifests.Evaluation(
+                loss=result.loss, perplexity=result.perplexity, num_tokens=result.num_tokens
+            )
         dtype = parse_dtype(self.recipe.dtype)
-        model.to(dtype)
+        model.to(dtype=dtype)  # type: ignore[call-arg]
         model.config.dtype = dtype
         folder = self.output / "anchors" / name
         partial = self.state / f"partial-{name}"
@@ -321,7 +322,7 @@ class _Build:
             evaluation=evaluation,
         )
 
-    # -- the whole --------------------------------------------------------------------------------------------------------
+    # -- the whole ------------------------------------------------------------------------------------------------------
 
     def finish(self, anchors: list[Anchor], maps: Mapping[str, IndexMap], basis: str) -> Chain:
         """Writes index maps, checksums, tokenizer, curve and card, and ``chain.json`` last."""

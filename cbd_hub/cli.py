@@ -190,6 +190,8 @@ def from_chain_command(
 
     Example: cbd-hub from-chain my-chain --num-parameters 138M --output my-model
     """
+    from cbd_hub.export import write_model
+
     opened = _open(chain, revision, token, cache_dir, local_files_only)
     made = opened.plan(
         num_parameters,
@@ -198,7 +200,7 @@ def from_chain_command(
         method=method,
         tolerance=tolerance,
     )
-    opened.save_model(made, output, dtype=dtype, progress=not as_json)
+    write_model(opened, made, output, dtype=dtype, progress=not as_json)
     if as_json:
         _print_json({**made.as_dict(), "output": str(output)})
     else:

@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 
 from cbd_hub.errors import RecipeError
 
-__all__ = ["LossTerms", "distillation_loss", "hidden_and_head", "hidden_state_loss"]
+__all__ = ["Head", "LossTerms", "distillation_loss", "hidden_and_head", "hidden_state_loss"]
 
 Head = Callable[[Tensor], Tensor]
+"""A language-model head: maps hidden states (..., H) to logits (..., V)."""
 
 # Config fields by which families alter logits behind the head (Gemma 2, Cohere, Granite, Falcon-H1 and others).
 _LOGIT_FIELDS = (

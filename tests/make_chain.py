@@ -37,15 +37,19 @@ __all__ = ["edit_manifest", "make_chain", "random_index_map", "refresh", "steps_
 
 
 def variant_model(variant: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
-    """The tiny random model of a variant."""
+    """The tiny random model of a variant, with an ffn wide enough to reach any size in between (see below)."""
     family, fields = VARIANTS[variant]
-    return tiny_model(tiny_config(family, **{**fields, **overrides}), dtype)
+    ffn = {"gpt2": "n_inner", "opt": "ffn_dim"}.get(family, "intermediate_size")
+    return tiny_model(tiny_config(family, **{ffn: 300, **fields, **overrides}), dtype)
 
 
 def steps_for(axis_map: AxisMap, sizes: Mapping[str, int], width: bool = True) -> list[dict[str, int]]:
-    """Sizes of two smaller anchors: fewer ffn units and layers, then less of everything that a family allows."""
-    middle = {**sizes, "ffn": sizes["ffn"] * 5 // 8, "layers": sizes["layers"] - 1}
-    small = {**middle, "ffn": sizes["ffn"] // 3}
+    """Sizes of two smaller anchors: fewer ffn units and layers, then less of everything that a family allows.
+
+    The ffn takes so large a share that it closes the gaps which whole layers and heads leave in a model this tiny.
+    """
+    middle = {**sizes, "ffn": sizes["ffn"] // 2, "layers": sizes["layers"] - 1}
+    small = {**middle, "ffn": sizes["ffn"] // 15}
     if width:
         for axis in ("kv_heads", "q_per_kv", "heads"):
             if sizes.get(axis, 1) > 1:

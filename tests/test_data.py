@@ -148,13 +148,11 @@ def test_a_dataset_is_loaded_in_a_fresh_process(tmp_path: Path) -> None:
         "config = DataConfig(dataset=DatasetSource(name='rows', column='body'))\n"
         "print(load_documents(config, sys.argv[1])['text'][:])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path],
-        capture_output=True,
-        text=True,
-        env={"HF_HOME": str(tmp_path / "cache"), "PATH": "", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
-    )
+    env = {"PATH": "", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+    env |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=env)
     assert done.stdout.strip() == "['first', 'last']", done.stderr
+    assert "examples/s" not in done.stderr  # datasets would show bars of its own
 
 
 def test_a_dataset_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ ORDER = [
     "losses",
     "evaluation",
     "assemble",
+    "export",
     "importance",
     "basis",
     "distill",

@@ -1,0 +1,47 @@
+"""Writing a made model as a ready folder: weights, config, generation config, tokenizer and card."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from cbd_hub import cards
+from cbd_hub.assemble import Chain
+from cbd_hub.materialize import require_empty
+from cbd_hub.plan import Plan
+
+__all__ = ["write_model"]
+
+
+def write_model(
+    chain: Chain, plan: Plan, folder: str | Path, dtype: str | torch.dtype = "auto", progress: bool = True
+) -> None:
+    """Carries out a plan and writes the model; the folder appears whole or not at all.
+
+    Args:
+        chain: The chain.
+        plan: From ``chain.plan``.
+        folder: A new or empty folder.
+        dtype: ``"auto"`` keeps the anchors'.
+        progress: Show a progress bar.
+
+    Raises:
+        OutputExistsError: The folder is not empty.
+        IntegrityError: The chain's files are not what its manifest says.
+    """
+    target = require_empty(folder)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model = chain.initialize(plan, dtype=dtype, progress=progress)
+        model.save_pretrained(partial)
+        if chain.manifest.tokenizer:
+            chain.tokenizer.save_pretrained(partial)
+        origin = model.config.cbd_hub
+        card = cards.model_card(chain.manifest, plan, chain=origin["chain"], revision=origin["revision"])
+        card.save(partial / "README.md")
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
