@@ -8,16 +8,12 @@ killed goes on behind its last record and ends with the same chain. ``chain.json
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cbd_hub import cards
 from cbd_hub import chain as manifests
@@ -27,12 +23,12 @@ from cbd_hub.axis_map import AxisMap
 from cbd_hub.basis import rotate
 from cbd_hub.chain import Anchor, IndexMap, Manifest, Training
 from cbd_hub.checkpoints import checksum_file
-from cbd_hub.data import load_documents, pack, split_documents, train_tokenizer
 from cbd_hub.distill import distill
 from cbd_hub.errors import OutputExistsError, RecipeError
 from cbd_hub.evaluation import evaluate_loss, plot_size_loss
 from cbd_hub.hub import Location
 from cbd_hub.importance import rank
+from cbd_hub.ingredients import Ingredients
 from cbd_hub.materialize import build_model, make_tensor, parse_dtype, target_config
 from cbd_hub.plan import plan_subset
 from cbd_hub.recipe import AnchorSpec, Recipe, load_recipe, step_fingerprint
@@ -41,15 +37,6 @@ from cbd_hub.sizing import Sizes, count_parameters, format_count, ladder
 __all__ = ["build_chain", "cut"]
 
 _LIBRARIES = ("cbd_hub", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
-
-
-@dataclass(frozen=True)
-class _Text:
-    """Packed blocks of the three splits."""
-
-    train: Dataset
-    validation: Dataset
-    test: Dataset
 
 
 def cut(model: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, index_map: IndexMap) -> PreTrainedModel:
@@ -83,105 +70,26 @@ class _Build:
 
     def __init__(self, recipe: Recipe, base: Path, output: Path, progress: bool) -> None:
         self.recipe = recipe
-        self.base = base
+        self.made = Ingredients(recipe, base)
         self.output = output
         self.state = output / ".build"
         self.progress = progress
         if recipe.axis_map is not None:
             register_axis_map(AxisMap.from_dict(recipe.axis_map))
 
-    # -- text -----------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def splits(self) -> Any:
-        data = self.recipe.data
-        if data is None:
-            raise RecipeError("the recipe has no `data`, and something in it needs text")
-        return split_documents(load_documents(data, self.base), data.held_out_fraction, data.seed)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer | None:
-        wanted = self.recipe.tokenizer
-        if wanted is None:
-            return AutoTokenizer.from_pretrained(self._model_place()) if self.recipe.source.model else None
-        if isinstance(wanted, str):
-            return AutoTokenizer.from_pretrained(self._local(wanted))
-        return train_tokenizer(self.splits.train, wanted.vocab_size)
-
-    @cached_property
-    def text(self) -> _Text | None:
-        if self.recipe.data is None:
-            return None
-        if self.tokenizer is None:
-            raise RecipeError("the recipe has `data` but no `tokenizer`; name one, or train one: {vocab_size: 4096}")
-        length = self.recipe.data.sequence_length
-        return _Text(
-            *(pack(s, self.tokenizer, length) for s in (self.splits.train, self.splits.validation, self.splits.test))
-        )
-
-    def calibration(self) -> torch.Tensor | None:
-        """Token ids (N, S) of the validation text, for importance and basis; None without text."""
-        if self.text is None or self.recipe.calibration_tokens == 0:
-            return None
-        rows = max(1, self.recipe.calibration_tokens // self.recipe.data.sequence_length)  # type: ignore[union-attr]
-        blocks = self.text.validation.with_format("torch")[: min(rows, len(self.text.validation))]["input_ids"]
-        return blocks.long()
-
-    # -- models ---------------------------------------------------------------------------------------------------------
-
-    def _local(self, place: str) -> str:
-        path = (self.base / Path(place).expanduser()).resolve()
-        return str(path) if path.exists() else place
-
-    def _model_place(self) -> str:
-        return self._local(str(self.recipe.source.model))
-
     def load(self, name: str) -> PreTrainedModel:
         """Loads a finished anchor in float32."""
         return AutoModelForCausalLM.from_pretrained(self.output / "anchors" / name, dtype=torch.float32).eval()
 
-    def _source_model(self) -> tuple[PreTrainedModel, Training | None]:
-        source = self.recipe.source
-        if source.model is not None:
-            try:
-                model = AutoModelForCausalLM.from_pretrained(
-                    self._model_place(), revision=source.revision, dtype=torch.float32, use_safetensors=True
-                )
-            except (OSError, ValueError) as error:
-                raise RecipeError(f"the source {source.model!r} cannot be loaded: {error}") from error
-            return model.eval(), None
-        train = source.train
-        if train is None or self.tokenizer is None or self.text is None:
-            raise RecipeError("a source trained from scratch needs `source.train`, `tokenizer` and `data`")
-        ids = {k: getattr(self.tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        values = {"vocab_size": len(self.tokenizer), **ids, **train.config}
-        try:
-            config = AutoConfig.for_model(train.architecture, **values)
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"source.train.config is no {train.architecture} config: {error}") from error
-        axis_map_for(config)  # refuses an unknown family before hours are spent
-        torch.manual_seed(train.training.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        training = distill(
-            model,
-            None,
-            self.text.train,
-            self.text.validation,
-            train.training,
-            work_dir=self.state / "work",
-            progress=self.progress,
-        )
-        return model.eval(), training
-
-    # -- steps ----------------------------------------------------------------------------------------------------------
+    # -- steps
 
     def source(self) -> tuple[str, PreTrainedModel, Training | None, IndexMap | None, str]:
         """Step 0: the source becomes the largest anchor, rotated first where a later anchor is narrower."""
-        model, training = self._source_model()
+        model, training = self.made.source(self.state / "work", self.progress)
         axis_map = axis_map_for(model.config)
         sizes = axis_map.sizes(model.config)
         basis = "native"
-        blocks = self.calibration()
+        blocks = self.made.calibration()
         if axis_map.rotatable and blocks is not None and self._width_changes(axis_map, sizes):
             rotate(model, axis_map, sizes, blocks)
             basis = "pca"
@@ -215,7 +123,13 @@ class _Build:
         large = axis_map.sizes(teacher.config)
         small = self._target(spec, axis_map, large)
         index_map = rank(
-            teacher, axis_map, large, small, self.calibration(), prefix_hidden=basis == "pca", progress=self.progress
+            teacher,
+            axis_map,
+            large,
+            small,
+            self.made.calibration(),
+            prefix_hidden=basis == "pca",
+            progress=self.progress,
         )
         student = cut(teacher, axis_map, large, small, index_map)
         config = (
@@ -225,14 +139,14 @@ class _Build:
         )
         if config.tokens == 0:
             training = Training(tokens=0, seed=config.seed)
-        elif self.text is None:
+        elif self.made.text is None:
             raise RecipeError("distillation.tokens is above 0 and the recipe has no `data`")
         else:
             training = distill(
                 student,
                 teacher,
-                self.text.train,
-                self.text.validation,
+                self.made.text.train,
+                self.made.text.validation,
                 config,
                 index_map=index_map,
                 work_dir=self.state / "work",
@@ -288,9 +202,9 @@ class _Build:
         axis_map = axis_map_for(model.config)
         sizes = axis_map.sizes(model.config)
         evaluation = None
-        if self.text is not None:
+        if self.made.text is not None:
             result = evaluate_loss(
-                model, self.text.test, progress=self.progress, max_tokens=self.recipe.evaluation.tokens
+                model, self.made.text.test, progress=self.progress, max_tokens=self.recipe.evaluation.tokens
             )
             evaluation = manifests.Evaluation(
                 loss=result.loss, perplexity=result.perplexity, num_tokens=result.num_tokens
@@ -305,8 +219,8 @@ class _Build:
         folder.parent.mkdir(parents=True, exist_ok=True)
         model.config._name_or_path = name
         model.save_pretrained(partial)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(partial)
+        if self.made.tokenizer is not None:
+            self.made.tokenizer.save_pretrained(partial)
         files = {p.name: manifests.file_entry(p) for p in sorted(partial.iterdir()) if _is_model_file(p.name)}
         partial.replace(folder)
         return Anchor(
@@ -322,7 +236,7 @@ class _Build:
             evaluation=evaluation,
         )
 
-    # -- the whole ------------------------------------------------------------------------------------------------------
+    # -- the whole
 
     def finish(self, anchors: list[Anchor], maps: Mapping[str, IndexMap], basis: str) -> Chain:
         """Writes index maps, checksums, tokenizer, curve and card, and ``chain.json`` last."""
@@ -334,8 +248,8 @@ class _Build:
         if any(m.orders or m.energy for m in maps.values()):
             manifests.save_index_maps(maps, maps_path)
         tokenizer = {}
-        if self.tokenizer is not None:
-            saved = self.tokenizer.save_pretrained(self.output)
+        if self.made.tokenizer is not None:
+            saved = self.made.tokenizer.save_pretrained(self.output)
             tokenizer = {
                 n: manifests.file_entry(self.output / n)
                 for n in sorted({Path(s).name for s in saved or ()})
@@ -365,7 +279,7 @@ class _Build:
 
     def _curve(self, manifest: Manifest) -> list[manifests.CurvePoint]:
         """Held-out loss of models between every two anchors, evenly spaced."""
-        if self.text is None:
+        if self.made.text is None:
             return []
         chain, points = Chain(Location(str(self.output)), manifest), []
         per_pair = self.recipe.evaluation.curve_points
@@ -374,7 +288,7 @@ class _Build:
                 target = small.num_parameters + (large.num_parameters - small.num_parameters) * k // (per_pair + 1)
                 plan = chain.plan(target)
                 model = chain.initialize(plan, dtype=torch.float32, progress=False)
-                result = evaluate_loss(model, self.text.test, max_tokens=self.recipe.evaluation.tokens)
+                result = evaluate_loss(model, self.made.text.test, max_tokens=self.recipe.evaluation.tokens)
                 points.append(
                     manifests.CurvePoint(num_parameters=plan.num_parameters, loss=result.loss, method=plan.method)
                 )

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -62,16 +63,19 @@ def anchor_card(manifest: Manifest, anchor: Anchor, repo_id: str | None = None) 
 
     Args:
         manifest: The manifest of its chain.
-        anchor: The anchor.
+        anchor: The anchor, with the place that it has or will have.
         repo_id: Repository that holds the anchor; None takes the manifest's, or a local folder where there is none.
     """
     parent = next((a for a in manifest.anchors if a.name == anchor.parent), None)
     place = repo_id or anchor.repo_id
     subfolder = anchor.subfolder if place else None
-    tokenizer = (place or ".", subfolder)
-    if not {"tokenizer.json", "tokenizer_config.json"} & set(anchor.files):  # then it is the chain's, at the top
-        up = "/".join([".."] * len(Path(anchor.subfolder or "").parts))
-        tokenizer = (place or up, None) if manifest.tokenizer and anchor.subfolder else ("", None)
+    if {"tokenizer.json", "tokenizer_config.json"} & set(anchor.files):
+        tokenizer = (place or ".", subfolder)
+    elif manifest.tokenizer:  # the chain's, at the top of the repository or folder that holds the anchor
+        up = "/".join([".."] * len(PurePosixPath(anchor.subfolder or "").parts))
+        tokenizer = (place or up or ".", None)
+    else:
+        tokenizer = ("", None)
     return _render(
         "anchor.md.jinja",
         _metadata(
@@ -200,9 +204,9 @@ def _dataset(manifest: Manifest) -> str | None:
 
 
 def _example_size(manifest: Manifest) -> str | int:
-    """A size for the quick start: half-way between the two largest anchors that allow it, else the smallest anchor."""
+    """A size for the quick start: half-way between the first neighbours that allow it, else the smallest anchor."""
     axis_map, anchors = manifest.resolved_axis_map, manifest.anchors
-    for large, small in zip(anchors, anchors[1:], strict=False):
+    for large, small in pairwise(anchors):
         size = format_count((large.num_parameters + small.num_parameters) // 2)
         try:
             solve(axis_map, parse_count(size), manifest.sizes(small), manifest.sizes(large))

@@ -358,7 +358,8 @@ def load_index_maps(manifest: Manifest, path: Path | None) -> dict[str, IndexMap
 
 def read_index_map(anchor: Anchor, path: Path) -> IndexMap:
     """Reads back the one index map that :func:`save_index_maps` wrote for an anchor (a build's own record)."""
-    orders, energy = {}, {}
+    orders: dict[str, np.ndarray] = {}
+    energy: dict[str, np.ndarray] = {}
     for key, value in load_file(path).items():
         _, kind, what = key.split("/", 2)
         (orders if kind == "order" else energy)[what] = value

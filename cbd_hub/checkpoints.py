@@ -225,7 +225,7 @@ class Checkpoint:
         """
         info = self.tensors[name]
         data = torch.empty(info.num_bytes, dtype=torch.uint8)
-        view, done = memoryview(data.numpy()), 0
+        view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
         try:
             with info.file.open("rb", buffering=0) as file:
                 file.seek(info.start)

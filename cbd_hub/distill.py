@@ -197,7 +197,8 @@ class AnchorTrainer(Trainer):
         batch: dict[str, Tensor] = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         with self.accelerator.autocast():
             hidden, states = _run(model, self._student_head, batch)
-            teacher_hidden, teacher_head, teacher_states = None, None, ()
+            teacher_hidden, teacher_head = None, None
+            teacher_states: tuple[Tensor, ...] = ()
             if self.teacher is not None and self._teacher_head is not None:
                 with torch.no_grad():
                     teacher_hidden, teacher_states = _run(self.teacher, self._teacher_head, batch)

@@ -6,7 +6,6 @@ between them: a chain interpolates well when the curve lies on or below the stra
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from cbd_hub.data import token_batches
 from cbd_hub.errors import RecipeError
 from cbd_hub.losses import distillation_loss, hidden_and_head
 
-__all__ = ["CurvePoint", "Evaluation", "curve_series", "evaluate_loss", "plot_size_loss", "render_progress"]
+__all__ = ["Evaluation", "evaluate_loss", "plot_size_loss", "render_progress"]
 
 Item = TypeVar("Item")
 
@@ -45,18 +44,6 @@ class Evaluation:
     def as_dict(self) -> dict[str, float]:
         """The fields by name, ready for JSON."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """One model on a size-loss curve."""
-
-    num_parameters: int
-    """Parameters, tied weights counted once."""
-    loss: float
-    """Held-out loss, in nats per token."""
-    method: str
-    """How the model was made; points of one method form a line."""
 
 
 def evaluate_loss(
@@ -122,14 +109,6 @@ def render_progress(
         enabled: false passes the items on silently.
     """
     return tqdm(items, desc=description, total=total, name="cbd_hub") if enabled else items
-
-
-def curve_series(points: Iterable[CurvePoint]) -> dict[str, list[tuple[int, float]]]:
-    """Groups points by method, in order of first appearance, each line sorted by size."""
-    series: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for point in points:
-        series[point.method].append((point.num_parameters, point.loss))
-    return {method: sorted(line) for method, line in series.items()}
 
 
 def plot_size_loss(

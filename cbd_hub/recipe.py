@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from cbd_hub.data import DataConfig
 from cbd_hub.distill import DistillationConfig, TokenCount
@@ -32,8 +32,10 @@ __all__ = [
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
-class _Strict(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class _Strict(BaseModel):
     """Refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class TrainSource(_Strict):
@@ -175,7 +177,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML without repeated keys, of which plain YAML keeps the last without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise RecipeError(f"the recipe has the key {key!r} twice (line {node.start_mark.line + 1})")
@@ -199,7 +201,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> tuple[Recipe
         path = Path(recipe).expanduser()
         base = path.resolve().parent
         try:
-            data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 (a SafeLoader)
+            data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
         except OSError as error:
             raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -49,10 +49,8 @@ def take(tensor: torch.Tensor, layout: Layout, sizes: Sizes, taken: Indices) -> 
     """
     for dim in range(tensor.dim()):
         rows = _as_index(layout.rows(dim, sizes, taken))
-        if isinstance(rows, slice):
-            tensor = tensor[(slice(None),) * dim + (rows,)]
-        else:
-            tensor = tensor.index_select(dim, rows)
+        where = (slice(None),) * dim + (rows,)  # noqa: RUF005
+        tensor = tensor[where] if isinstance(rows, slice) else tensor.index_select(dim, rows)
     return tensor
 
 

@@ -66,7 +66,11 @@ def steps_for(axis_map: AxisMap, sizes: Mapping[str, int], width: bool = True) -
 
 
 def random_index_map(
-    axis_map: AxisMap, large: Mapping[str, int], small: Mapping[str, int], rng: np.random.Generator, energy: bool = False
+    axis_map: AxisMap,
+    large: Mapping[str, int],
+    small: Mapping[str, int],
+    rng: np.random.Generator,
+    energy: bool = False,
 ) -> IndexMap:
     """A random order of the units of every axis that differs, and of the layers."""
     kept = np.sort(rng.permutation(large["layers"])[: small["layers"]])

@@ -113,7 +113,9 @@ def test_a_chains_card_lists_its_anchors() -> None:
     assert "| `small` | `large` | yes | 4.5000 | 3.2500 | 77 | 5 |" in card.text
     assert cells(card, "torch") == ["torch", "2.13.0"]
     assert [yaml.safe_load(text) for text in code(card, "yaml")] == [manifest.recipe]
-    assert "- Source: org/source\n- Basis of the residual stream: the source's own\n- Licence: apache-2.0\n" in card.text
+    assert (
+        "- Source: org/source\n- Basis of the residual stream: the source's own\n- Licence: apache-2.0\n" in card.text
+    )
     assert "## Limits" in card.text
     assert "eprint        = {2605.07783}" in card.text
 
@@ -312,7 +314,7 @@ def test_strings_of_a_manifest_cannot_break_a_card(text: str) -> None:
     for good, bad in zip(cards(tame, "x"), cards(hostile, text), strict=True):
         again = ModelCard(str(bad))  # one metadata block, of known fields alone
         assert again.text == bad.text
-        one_line = " ".join("".join(c if c.isprintable() else " " if c.isspace() else "" for c in text).split())
+        one_line = "".join(c for c in " ".join(text.split()) if c.isprintable())
         assert set(again.data.to_dict()) <= set(good.data.to_dict()) | {"license_name"}
         assert again.data.license == "other"
         assert again.data.license_name == one_line

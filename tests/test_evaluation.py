@@ -15,7 +15,7 @@ from tiny_models import FAMILIES, tiny_config, tiny_model
 from torch import Tensor
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.evaluation import CurvePoint, Evaluation, curve_series, evaluate_loss, plot_size_loss, render_progress
+from cbd_hub.evaluation import Evaluation, evaluate_loss, plot_size_loss, render_progress
 
 
 def make_blocks(rows: int = 5, length: int = 12) -> Tensor:
@@ -126,12 +126,6 @@ SERIES = {
     "prune": [(111_900_000, 4.204), (118_200_000, 3.996)],
 }
 ANCHORS = [("large", 134_500_000, 3.688), ("small", 103_100_000, 3.956)]
-
-
-def test_curve_series_groups_by_method_and_sorts_by_size() -> None:
-    points = [CurvePoint(30, 1.0, "b"), CurvePoint(20, 2.0, "a"), CurvePoint(10, 3.0, "b")]
-    assert curve_series(points) == {"b": [(10, 3.0), (30, 1.0)], "a": [(20, 2.0)]}
-    assert list(curve_series(points)) == ["b", "a"]
 
 
 def read_png(path: Path) -> Tensor:

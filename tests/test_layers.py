@@ -34,6 +34,7 @@ ORDER = [
     "distill",
     "recipe",
     "compare",
+    "ingredients",
     "build",
     "cli",
 ]
@@ -44,7 +45,7 @@ HEAVY = {"torch", "transformers"}
 NETWORK = {"requests", "httpx", "httpx2", "urllib3", "aiohttp", "socket", "urllib.request", "http.client"}
 # What of huggingface_hub other modules than hub.py may use, none of which talks to the Hub: the progress bar, which
 # obeys HF_HUB_DISABLE_PROGRESS_BARS, anywhere, and in cards.py the data classes of model cards.
-HUB_NAMES_ANYWHERE = {"tqdm"}
+HUB_NAMES_ANYWHERE = {"tqdm", "StrictDataclassError"}
 HUB_NAMES = {"cards": {"EvalResult", "ModelCard", "ModelCardData"}}
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
