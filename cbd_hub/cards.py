@@ -132,6 +132,7 @@ def model_card(
         anchors=anchors,
         blended=blended,
         chain=chain,
+        published=bool(_repo_ids([chain])),
         revision=revision,
         evaluation=evaluation,
         place=repo_id or ".",

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from cbd_hub.axis_map import AxisMap
-from cbd_hub.errors import CbdError, IntegrityError, ManifestError, did_you_mean
+from cbd_hub.errors import AxisMapError, CbdError, IntegrityError, ManifestError, did_you_mean
 from cbd_hub.sizing import count_parameters
 
 __all__ = [
@@ -194,7 +194,10 @@ class Manifest(_Strict):
         axis_map = self.resolved_axis_map
         previous: Anchor | None = None
         for anchor in self.anchors:
-            sizes = axis_map.sizes(anchor.shape)
+            try:
+                sizes = axis_map.sizes(anchor.shape)
+            except AxisMapError as error:
+                raise ValueError(f"anchor {anchor.name!r}: {error}") from None
             if axis_map.config_fields(sizes) != anchor.shape:
                 raise ValueError(f"anchor {anchor.name!r}: its shape does not state exactly {list(axis_map.fields)}")
             if sizes["layers"] > _MOST_LAYERS:
@@ -281,7 +284,8 @@ def read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the manifest"
-        hint = did_you_mean(str(first["loc"][-1]), Manifest.model_fields) if first["loc"] else ""
+        known = {*Manifest.model_fields, *Anchor.model_fields}
+        hint = did_you_mean(str(first["loc"][-1]), known) if first["type"] == "extra_forbidden" else ""
         more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
         raise ManifestError(f"{path} is not valid at {where}: {first['msg']}.{hint}{more}") from None
     except (CbdError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -332,7 +336,7 @@ def load_index_maps(manifest: Manifest, path: Path | None) -> dict[str, IndexMap
     """
     try:
         tensors = load_file(path) if path else {}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a dtype that numpy does not have
         raise IntegrityError(f"{path} cannot be read: {error}") from None
     axis_map, maps = manifest.resolved_axis_map, {}
     for large, small in zip(manifest.anchors, manifest.anchors[1:], strict=False):
@@ -342,7 +346,7 @@ def load_index_maps(manifest: Manifest, path: Path | None) -> dict[str, IndexMap
         for key in [k for k in tensors if k.startswith(f"{small.name}/")]:
             _, kind, what = key.split("/", 2) if key.count("/") >= 2 else (key, "", "")
             value = tensors.pop(key)
-            if kind == "order" and what in sizes and what not in axis_map.frozen:
+            if kind == "order" and what in sizes and what not in ("layers", *axis_map.frozen):
                 _check_order(key, value, what, sizes)
                 orders[what] = value
             elif kind == "energy" and what in axis_map.norms:

@@ -7,9 +7,8 @@ afterwards. Three terms, each a mean per predicted token, make up the loss:
 
     loss = ce * CE(labels) + kl * T^2 KL(teacher || student) + hidden * |s - t|^2 / |t|^2
 
-The student's last state, and its partner, are taken behind the final norm, as the head reads them.
-Held-out loss is measured before the first step and along the way, and the best weights are the result; the
-untouched start counts, so an anchor never ends below it.
+The last states are taken behind the final norm, as the head reads them. Held-out loss is measured before the first
+step and along the way, and the best weights are the result; the start counts, so an anchor never ends below it.
 """
 
 import math
@@ -25,14 +24,8 @@ from datasets import Dataset, IterableDataset
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from cbd_hub.chain import IndexMap, Training
 from cbd_hub.errors import RecipeError
@@ -42,16 +35,9 @@ from cbd_hub.sizing import parse_count
 
 __all__ = ["AnchorTrainer", "DistillationConfig", "TokenCount", "block_ends", "collate", "distill", "kept_hidden"]
 
-_CHECKPOINTING = "activation_checkpointing"  # its name since transformers 5.2x
-if not hasattr(TrainingArguments, _CHECKPOINTING):
-    _CHECKPOINTING = "gradient_checkpointing"
+_CHECKPOINTING = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # renamed
 
-
-def _read_count(value: Any) -> Any:
-    return parse_count(value) if isinstance(value, str) else value
-
-
-TokenCount = Annotated[int, BeforeValidator(_read_count), Field(ge=0)]
+TokenCount = Annotated[int, BeforeValidator(lambda v: parse_count(v) if isinstance(v, str) else v), Field(ge=0)]
 """A number of tokens: an int, or a string such as ``"5M"``."""
 
 
@@ -111,7 +97,7 @@ def block_ends(index_map: IndexMap, small_layers: int, large_layers: int) -> lis
     The last block ends with the teacher.
 
     Raises:
-        RecipeError: The map has fewer layers than the student, or its kept layers do not ascend.
+        RecipeError: The map's first layers are not as many ascending ones.
     """
     kept = [int(layer) for layer in index_map.layers[:small_layers]]
     if len(kept) != small_layers or sorted(set(kept)) != kept or not kept or kept[-1] >= large_layers:
@@ -141,13 +127,11 @@ class AnchorTrainer(Trainer):
 
     Args:
         model: The student, in float32.
-        args: Training arguments.
         config: The weights of the losses.
         teacher: The larger neighbour, in any dtype; put into ``eval()`` mode and onto the student's device. None
             trains with cross-entropy alone.
         ends: Teacher layer that each student layer meets (:func:`block_ends`); None compares no hidden states.
         kept: The teacher's hidden coordinates, in the student's order (:func:`kept_hidden`); None for all.
-        **kwargs: Passed on to :class:`transformers.Trainer`.
 
     Raises:
         RecipeError: No loss is left without a teacher, or there is not one end for every layer of the student.
@@ -163,8 +147,7 @@ class AnchorTrainer(Trainer):
         kept: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        if args.n_gpu > 1:  # one process uses one GPU; several are for `accelerate launch`
-            args._n_gpu = 1
+        args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU; several are for `accelerate launch`
         with_hidden = teacher is not None and ends is not None and config.hidden > 0
         if not (config.ce or (teacher is not None and config.kl) or with_hidden):
             raise RecipeError("Without a teacher (or an index map) only cross-entropy is left: set `ce` above 0.")
@@ -197,24 +180,24 @@ class AnchorTrainer(Trainer):
         batch: dict[str, Tensor] = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         with self.accelerator.autocast():
             hidden, states = _run(model, self._student_head, batch)
-            teacher_hidden, teacher_head = None, None
+            teacher_hidden: Tensor | None = None
             teacher_states: tuple[Tensor, ...] = ()
             if self.teacher is not None and self._teacher_head is not None:
                 with torch.no_grad():
                     teacher_hidden, teacher_states = _run(self.teacher, self._teacher_head, batch)
-                teacher_head = self._teacher_head
+            with_kl = self.teacher is not None and config.kl > 0
             loss, ce, kl, _ = distillation_loss(
                 hidden,
                 self._student_head,
-                teacher_hidden if config.kl else None,
-                teacher_head if config.kl else None,
+                teacher_hidden if with_kl else None,
+                self._teacher_head if with_kl else None,
                 labels,
                 ce=config.ce,
                 kl=config.kl,
                 temperature=config.temperature,
                 num_items=num_items_in_batch,
             )
-        terms = {"ce": ce} if self.teacher is None or not config.kl else {"ce": ce, "kl": kl}
+        terms = {"ce": ce, "kl": kl} if with_kl else {"ce": ce}
         if self._ends is not None:
             distance = hidden_state_loss(
                 states[1:],
@@ -241,13 +224,8 @@ class AnchorTrainer(Trainer):
             self._terms, self._terms_since = {}, self.state.global_step
         super().log(logs, start_time)
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Returns the held-out cross-entropy, in nats per token (:func:`cbd_hub.evaluation.evaluate_loss`)."""
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Returns the held-out loss, nats a token, and perplexity (:func:`cbd_hub.evaluation.evaluate_loss`)."""
         blocks = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         result = evaluate_loss(model, blocks, batch_size=self.args.per_device_eval_batch_size)
@@ -272,13 +250,11 @@ def distill(
 
     While training, the best weights so far lie in a file of `work_dir`: memory has the teacher and the optimizer to
     hold, and all processes of a launch restore the same ones. ``trainer_state.json`` stays there, with all losses.
-
     Text is drawn in shuffled passes, a stream in its own order. The same seed gives the same bytes on the same
-    machine (on a GPU as far as its kernels are deterministic). Runs on the accelerator if there is one, on several
-    under ``accelerate launch``.
+    machine (on a GPU as far as its kernels are deterministic). Runs on the accelerator if there is one, or several.
 
     Args:
-        student: The model to train, in any dtype; trained in float32 and cast back.
+        student: The model to train; cast to float32 and left so.
         teacher: Its larger neighbour; None trains with cross-entropy alone.
         train: Packed blocks, column ``input_ids`` of one length.
         validation: Packed blocks that choose the best weights.
@@ -295,8 +271,7 @@ def distill(
         return Training(tokens=0, seed=config.seed)
     if config.precision == "fp16" and not torch.accelerator.is_available():
         raise RecipeError("precision fp16 needs an accelerator and none was found; use float32 or bf16.")
-    first = next(iter(train), None)
-    if first is None:
+    if (first := next(iter(train), None)) is None:
         raise RecipeError("There is no training text: the training split has no block.")
     ends = kept = None
     if teacher is not None and index_map is not None:
@@ -304,9 +279,8 @@ def distill(
         ends = block_ends(index_map, small.num_hidden_layers, large.num_hidden_layers)
         kept = kept_hidden(index_map, small.hidden_size, large.hidden_size)
 
-    dtypes = {name: parameter.dtype for name, parameter in student.named_parameters()}
     use_cache = student.config.use_cache
-    _cast(student, dict.fromkeys(dtypes, torch.float32))
+    student.float()
     arguments = _arguments(config, len(first["input_ids"]), work_dir)
     if not isinstance(train, IterableDataset):
         step = config.batch_size * config.gradient_accumulation * arguments.world_size
@@ -324,20 +298,11 @@ def distill(
         trainer.accelerator.wait_for_everyone()
     finally:
         if config.gradient_checkpointing:
-            getattr(student, f"{_CHECKPOINTING}_disable")()
+            getattr(student, f"{_CHECKPOINTING}_checkpointing_disable")()
         student.config.use_cache = use_cache
-        _cast(student, dtypes)
-        student.zero_grad(set_to_none=True)
         student.eval()
-        if trainer.is_world_process_zero():
-            best.path.unlink(missing_ok=True)
-    return Training(
-        tokens=int(trainer.state.num_input_tokens_seen),
-        seed=config.seed,
-        start_loss=best.start_loss,
-        best_loss=best.best_loss,
-        best_step=best.best_step,
-    )
+        best.path.unlink(missing_ok=True)
+    return Training(tokens=int(trainer.state.num_input_tokens_seen), seed=config.seed, **best.found)
 
 
 def _head_of(model: PreTrainedModel) -> Head:
@@ -378,14 +343,14 @@ def _arguments(config: DistillationConfig, sequence_length: int, work_dir: Path)
         seed=config.seed,
         train_sampling_strategy="sequential",  # the rows are drawn in order of use
         include_num_input_tokens_seen="all",
+        use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         eval_strategy="steps",
         eval_on_start=True,
         save_strategy="no",
-        logging_first_step=True,
         disable_tqdm=True,  # _Progress is added instead
     )
-    setattr(arguments, _CHECKPOINTING, config.gradient_checkpointing)
+    setattr(arguments, f"{_CHECKPOINTING}_checkpointing", config.gradient_checkpointing)
     step = config.batch_size * config.gradient_accumulation * arguments.world_size * sequence_length
     arguments.max_steps = math.ceil(config.tokens / step)
     arguments.warmup_steps = round(config.warmup_fraction * arguments.max_steps)
@@ -400,30 +365,20 @@ def _draw(rows: int, needed: int, seed: int) -> np.ndarray:
     return np.concatenate([generator.permutation(rows) for _ in range(math.ceil(needed / rows))])[:needed]
 
 
-def _cast(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Casts parameters in place; buffers, such as rotary frequencies, keep their precision."""
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtypes[name])
-
-
 class _KeepBest(TrainerCallback):
     """Keeps the weights with the lowest held-out loss in a file."""
 
     def __init__(self, student: PreTrainedModel, path: Path) -> None:
         self.student = student
         self.path = path
-        self.start_loss: float | None = None
-        self.best_loss: float | None = None
-        self.best_step: int | None = None
+        self.found: dict[str, Any] = {}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        """Writes the weights if they are the best so far; NaN is no better than anything."""
-        loss: float = metrics["eval_loss"]
-        if self.best_loss is None:
-            self.start_loss = loss
-        elif not loss < self.best_loss and not (math.isnan(self.best_loss) and math.isfinite(loss)):
+        """Writes the weights if they are the best so far; NaN is better than nothing."""
+        loss, best = metrics["eval_loss"], self.found.get("best_loss", math.nan)
+        if self.found and not (loss < best or (math.isnan(best) and not math.isnan(loss))):
             return
-        self.best_loss, self.best_step = loss, state.global_step
+        self.found = {"start_loss": loss, **self.found, "best_loss": loss, "best_step": state.global_step}
         if state.is_world_process_zero:  # tied weights are named once
             weights = {name: p.detach().cpu().contiguous() for name, p in self.student.named_parameters()}
             save_file(weights, self.path)

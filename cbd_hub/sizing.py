@@ -100,39 +100,18 @@ def _values(low: int, high: int, multiple: int, ideal: float, most: int) -> list
 
 def _ideal(axis_map: AxisMap, target: int, small: Sizes, large: Sizes) -> float:
     """The position t in 0..1 at which the straight line from small to large has ``target`` parameters."""
-
-    def count(t: float) -> int:
-        point = {a: round(1000 * (small[a] + t * (large[a] - small[a]))) for a in small}  # in 1/1000 units
-        layouts = ((axis_map.layout(p), 1 if "*" not in p else point["layers"]) for p in axis_map.tensors)
-        return sum(_count_scaled(layout.dims, point) * layers for layout, layers in layouts)
-
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if count(middle) < target * 10**12 else (low, middle)
+        point = {a: small[a] + middle * (large[a] - small[a]) for a in small}  # the count, with fractions of units
+        low, high = (middle, high) if count_parameters(axis_map, point) < target else (low, middle)  # type: ignore[arg-type]
     return (low + high) / 2
-
-
-def _count_scaled(dims: Sequence[Sequence[Sequence[str | int]]], point: Mapping[str, int]) -> int:
-    """Elements of a layout whose axis sizes are given in 1/1000, brought to the common scale of 10**-12 (10**-9 a
-    layer): every dimension is a product of up to a few axes, so it is divided down to one 1/1000 scale first."""
-    total = 10**6
-    for dim in dims:
-        size = 0
-        for part in dim:
-            value, power = 1, 0
-            for factor in part:
-                value *= point[factor] if isinstance(factor, str) else factor
-                power += isinstance(factor, str)
-            size += value * 1000 // 1000**power if power else value * 1000
-        total = total * size // 1000
-    return total
 
 
 def _candidates(
     axis_map: AxisMap, target: int, small: Sizes, large: Sizes, ideal: Mapping[str, float], multiple: int
-) -> Iterator[dict[str, int]]:
-    """Shapes between two neighbours whose finest axis (ffn, if it varies) is set to meet the target."""
+) -> Iterator[tuple[int, dict[str, int]]]:
+    """Shapes between two neighbours, with their counts; the finest axis (ffn, if it varies) meets the target."""
     derived = {axis: text for axis, text in axis_map.equal.items() if small[axis] != large[axis]}
     varying = [a for a in small if small[a] != large[a] and a not in derived]
     fine = "ffn" if "ffn" in varying else None
@@ -145,14 +124,18 @@ def _candidates(
             sizes[axis] = product(tuple(text.split()), sizes)
         if any(not min(small[a], large[a]) <= sizes[a] <= max(small[a], large[a]) for a in derived):
             continue
+        try:
+            axis_map.check_sizes(sizes)
+        except AxisMapError:
+            continue
         if fine is None:
-            yield sizes
+            yield count_parameters(axis_map, sizes), sizes
             continue
         base = count_parameters(axis_map, {**sizes, fine: 0})
         slope = count_parameters(axis_map, {**sizes, fine: 1}) - base
         exact = (target - base) / slope
         for width in _values(small[fine], large[fine], multiple, exact, 2):
-            yield {**sizes, fine: width}
+            yield base + slope * width, {**sizes, fine: width}
 
 
 def solve(
@@ -200,12 +183,7 @@ def solve(
     for multiple, price in sorted(multiples.items(), key=lambda item: item[1]):
         if best is not None and best[0] == 0 and best[1] <= price:
             break  # a finer multiple cannot do better
-        for sizes in _candidates(axis_map, target, small, large, ideal, multiple):
-            try:
-                axis_map.check_sizes(sizes)
-            except AxisMapError:
-                continue
-            count = count_parameters(axis_map, sizes)
+        for count, sizes in _candidates(axis_map, target, small, large, ideal, multiple):
             error = abs(count - target) / target
             if nearest_count is None or abs(count - target) < abs(nearest_count[0] - target):
                 nearest_count = (count, sizes)

@@ -49,7 +49,7 @@ def take(tensor: torch.Tensor, layout: Layout, sizes: Sizes, taken: Indices) -> 
     """
     for dim in range(tensor.dim()):
         rows = _as_index(layout.rows(dim, sizes, taken))
-        where = (slice(None),) * dim + (rows,)  # noqa: RUF005
+        where = (slice(None),) * dim + (rows,)
         tensor = tensor[where] if isinstance(rows, slice) else tensor.index_select(dim, rows)
     return tensor
 

@@ -4,7 +4,9 @@ The units of every axis that shrinks are kept in a random order, so nothing may 
 to the smaller anchor's weights, so that the two differ wherever they overlap.
 """
 
+import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from cbd_hub.materialize import build_model, make_tensor, target_config
 from cbd_hub.plan import plan_subset
 from cbd_hub.sizing import count_parameters
 
-__all__ = ["edit_manifest", "make_chain", "random_index_map", "refresh", "steps_for", "variant_model"]
+__all__ = ["edit_manifest", "labels", "make_chain", "random_index_map", "refresh", "steps_for", "variant_model"]
 
 
 def variant_model(variant: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
@@ -202,3 +204,21 @@ def edit_manifest(folder: Path, *path: str | int, value: Any) -> None:
         place = place[key]
     place[path[-1]] = value
     (folder / MANIFEST_NAME).write_text(json.dumps(data), encoding="utf-8")
+
+
+def labels(spec: str, sizes: Mapping[str, int]) -> list[list[tuple[tuple[str, int], ...]]]:
+    """For every stored dimension of an axis string, what each row stands for, written out by plain loops.
+
+    ``labels("(heads 2)", {"heads": 2})[0][2]`` is ``(("part", 0), ("heads", 1), ("factor 1", 0))``.
+    """
+    dims = []
+    for dim in re.findall(r"\([^)]*\)|\S+", spec):
+        rows: list[tuple[tuple[str, int], ...]] = []
+        for number, part in enumerate(dim.strip("()").split("+")):
+            factors = part.split()
+            named = [f"factor {i}" if f.isdigit() else f for i, f in enumerate(factors)]
+            counts = [int(f) if f.isdigit() else sizes[f] for f in factors]
+            for units in itertools.product(*map(range, counts)):
+                rows.append((("part", number), *zip(named, units, strict=True)))
+        dims.append(rows)
+    return dims

@@ -157,6 +157,31 @@ def test_an_anchors_card_tells_where_it_came_from() -> None:
     assert "No training was done" in first.text
     assert 'from_pretrained("org/large")' in first.text
     assert first.data.base_model == "org/source"
+    scratch = anchor_card(make_manifest(source="trained from scratch"), make_anchor("large"))
+    assert "It is the largest anchor, trained from scratch." in scratch.text
+    assert scratch.data.base_model is None
+
+
+@pytest.mark.parametrize(
+    ("own", "repo_id", "subfolder", "model", "tokenizer"),
+    [
+        (True, "org/small", None, '"org/small"', '"org/small"'),
+        (False, "org/small", None, '"org/small"', '"org/small"'),
+        (False, "org/chain", "anchors/small", '"org/chain", subfolder="anchors/small"', '"org/chain"'),
+        (True, "org/chain", "a", '"org/chain", subfolder="a"', '"org/chain", subfolder="a"'),
+        (True, None, "anchors/small", '"."', '"."'),
+        (False, None, "anchors/small", '"."', '"../.."'),
+    ],
+)
+def test_an_anchor_finds_its_tokenizer(
+    own: bool, repo_id: str | None, subfolder: str | None, model: str, tokenizer: str
+) -> None:
+    files = {"config.json": NOWHERE, **({"tokenizer.json": NOWHERE} if own else {})}
+    small = make_anchor("small", files, subfolder=subfolder)
+    manifest = make_manifest(make_anchor("large"), small, tokenizer={"tokenizer.json": NOWHERE})
+    (start,) = code(anchor_card(manifest, small, repo_id), "python")
+    assert f"AutoModelForCausalLM.from_pretrained({model})\n" in start
+    assert f"AutoTokenizer.from_pretrained({tokenizer})\n" in start
 
 
 def test_an_unaligned_anchor_is_called_that() -> None:
@@ -186,6 +211,7 @@ def test_a_models_card_tells_how_it_was_made(method: str, said: str, blended: bo
     assert f'method="{method}"' in again
     assert ("alpha=0.5" in again) == blended
     assert f'revision="{COMMIT}"' in again
+    assert '    "org/tiny-chain",\n' in again
     assert '"intermediate_size": 60' in again
     assert card.data.base_model == "org/tiny-chain"
     assert card.data.get("base_model_relation") == ("merge" if blended else None)
@@ -200,6 +226,7 @@ def test_a_models_card_shows_what_was_measured() -> None:
     assert cells(card, "**this model**")[4:] == ["3.1250", "22.760", "4,321"]
     assert "a held-out loss of 3.250 nats a token be expected" in card.text
     assert 'from_pretrained("org/middle")' in card.text
+    assert '    "tiny-chain",  # the folder of the chain\n' in card.text
     assert card.data.base_model == "org/source"  # neither the anchors nor the chain have a repository
     assert [r.metric_value for r in card.data.eval_results or []] == [3.125, 22.76]
 

@@ -1,0 +1,272 @@
+"""The manifest: strict, and everything it claims is checked before any weight is read."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from make_chain import make_chain, variant_model
+from safetensors.numpy import load_file, save_file
+
+from cbd_hub.chain import (
+    INDEX_MAPS_NAME,
+    MANIFEST_NAME,
+    FileEntry,
+    IndexMap,
+    Manifest,
+    check_file,
+    file_entry,
+    load_index_maps,
+    read_manifest,
+    save_index_maps,
+    write_manifest,
+)
+from cbd_hub.errors import IntegrityError, ManifestError
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama chain of three anchors."""
+    return make_chain(tmp_path_factory.mktemp("chains") / "llama", variant_model("llama"), energy=True)
+
+
+@pytest.fixture(scope="module")
+def data(chain: Path) -> dict[str, Any]:
+    return json.loads((chain / MANIFEST_NAME).read_text(encoding="utf-8"))
+
+
+def refusal(tmp_path: Path, content: Any) -> str:
+    """The message with which a manifest is refused."""
+    path = tmp_path / MANIFEST_NAME
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def with_value(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy with one value replaced; ``path`` is dotted, numbers index lists."""
+    new = copy.deepcopy(data)
+    place: Any = new
+    *keys, last = [int(k) if k.isdigit() else k for k in path.split(".")]
+    for key in keys:
+        place = place[key]
+    place[last] = value
+    return new
+
+
+# -- reading and writing ----------------------------------------------------------------------------------------------
+
+
+def test_round_trip(chain: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(chain / MANIFEST_NAME)
+    write_manifest(manifest, tmp_path)
+    assert read_manifest(tmp_path / MANIFEST_NAME) == manifest
+    first = (tmp_path / MANIFEST_NAME).read_bytes()
+    write_manifest(manifest, tmp_path)
+    assert (tmp_path / MANIFEST_NAME).read_bytes() == first
+    assert [p.name for p in tmp_path.iterdir()] == [MANIFEST_NAME]  # no partial file is left
+
+
+def test_a_manifest_is_readable_for_a_person(chain: Path, tmp_path: Path) -> None:
+    write_manifest(read_manifest(chain / MANIFEST_NAME), tmp_path)
+    lines = (tmp_path / MANIFEST_NAME).read_text(encoding="utf-8").splitlines()
+    assert len(lines) > 50
+    assert max(map(len, lines)) < 200
+    assert ' "architecture": "llama",' in lines
+
+
+def test_sizes_and_map_come_with_it(chain: Path) -> None:
+    manifest = read_manifest(chain / MANIFEST_NAME)
+    assert [a.name for a in manifest.anchors] == ["a0", "a1", "a2"]
+    assert manifest.sizes(manifest.anchors[0])["layers"] == 3
+    assert manifest.resolved_axis_map.model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "cannot be read as JSON"),
+        (b"{", "cannot be read as JSON"),
+        (b"\xff\xfe", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b'{"format": ' + b"1" * 5000 + b"}", "cannot be read as JSON"),
+        (b"[]", "is no JSON object"),
+        (b"{}", "has format None; expected 1"),
+        (b'{"format": 2}', "has format 2; this cbd_hub reads formats up to 1. Upgrade it"),
+        (b'{"format": "1"}', "has format '1'; expected 1"),
+        (b'{"format": 0}', "has format 0; expected 1"),
+        (b'{"format": 1, "name": "\\ud800"}', "is not valid"),
+        (b'{"format": 1}', "is not valid at name: Field required. (and "),
+    ],
+)
+def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes, says: str) -> None:
+    assert says in refusal(tmp_path, content)
+
+
+def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="cannot be read"):
+        read_manifest(tmp_path / MANIFEST_NAME)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("colour", 5, "at colour: Extra inputs"),
+        ("archtecture", "llama", "Did you mean 'architecture'?"),
+        ("anchors.0.colour", 5, "at anchors.0.colour: Extra inputs"),
+        ("anchors", [], "at anchors: List should have at least 1 item"),
+        ("name", "a/b", "at name: String should match pattern"),
+        ("anchors.0.name", "..", "at anchors.0.name: String should match pattern"),
+        ("anchors.0.name", "x" * 97, "at anchors.0.name"),
+        ("anchors.2.name", "a0", "two anchors have the same name"),
+        ("anchors.0.num_parameters", "58032", "at anchors.0.num_parameters: Input should be a valid integer"),
+        ("anchors.0.num_parameters", 58032, "claims 58032 parameters; its shape has"),
+        ("anchors.0.num_parameters", -1, "at anchors.0.num_parameters: Input should be greater than 0"),
+        ("anchors.0.shape.intermediate_size", 301, "claims"),
+        ("anchors.0.shape.intermediate_size", 2**60, "should be less than"),
+        ("anchors.0.shape.intermediate_size", 0, "should be greater than 0"),
+        ("anchors.0.shape.intermediate_size", 80.0, "valid integer"),
+        ("anchors.0.shape.num_hidden_layers", 10**9, "claims 1000000000 layers"),
+        ("anchors.0.shape.num_attention_heads", 5, "it must be kv_heads x q_per_kv"),
+        ("anchors.0.shape.colour", 5, "does not state exactly"),
+        ("anchors.0.shape", {}, "anchor 'a0': axis 'kv_heads' has no size"),
+        ("anchors.0.dtype", "int8", "at anchors.0.dtype"),
+        ("anchors.0.parent", "a1", "is the largest and can have no parent"),
+        ("anchors.1.parent", None, "must have parent 'a0', not None"),
+        ("anchors.2.parent", "a0", "must have parent 'a1', not 'a0'"),
+        ("anchors.1.layer_order", [0, 1], "is no permutation of its parent's layers"),
+        ("anchors.1.layer_order", [0, 1, 1], "is no permutation"),
+        ("anchors.1.layer_order", [0, 1, -1], "at anchors.1.layer_order.2"),
+        ("anchors.1.layer_order", [1, 0, 2], "the kept layers of layer_order must ascend"),
+        ("anchors.0.files", {}, "files must list config.json"),
+        ("anchors.0.files", {"config.json": {"size": 1, "sha256": "0" * 63}}, "sha256: String should match pattern"),
+        ("anchors.0.revision", "main", "at anchors.0.revision"),
+        ("anchors.0.revision", "0" * 40, "repo_id and revision (a full commit hash) go together"),
+        ("anchors.0.repo_id", "owner/name", "repo_id and revision (a full commit hash) go together"),
+        ("axis_map", {}, "axis map field model_type"),
+        ("axis_map.norm", "batch", "norm is 'batch'; allowed: rms, rms+1, layer"),
+        ("axis_map.colour", 5, "axis map has no field 'colour'"),
+        ("axis_map.tensors", {"a": "((hidden"}, "cannot be nested"),
+        ("axis_map.fields", {}, "anchor 'a0': axis 'kv_heads' has no size"),
+        ("basis", "fourier", "at basis"),
+        ("curve", [{"num_parameters": 1, "loss": "low", "method": "auto"}], "at curve.0.loss"),
+    ],
+)
+def test_a_claim_that_cannot_be_is_refused(tmp_path: Path, data: dict[str, Any], path: str, value: Any, says: str) -> None:
+    assert says in refusal(tmp_path, with_value(data, path, value))
+
+
+@pytest.mark.parametrize("bad", ["../x", "a/../../x", "/etc/passwd", "a\\b", "C:x", "", "..", "a\0b"])
+def test_a_path_that_leaves_its_folder_is_refused(tmp_path: Path, data: dict[str, Any], bad: str) -> None:
+    entry = {"size": 1, "sha256": "0" * 64}
+    files = data["anchors"][0]["files"] | {bad: entry}
+    for place, value in (("anchors.0.subfolder", bad), ("anchors.0.files", files), ("tokenizer", {bad: entry})):
+        assert "is not a path inside the repository" in refusal(tmp_path, with_value(data, place, value))
+
+
+def test_anchors_go_from_large_to_small(tmp_path: Path, data: dict[str, Any]) -> None:
+    turned = with_value(data, "anchors", data["anchors"][::-1])
+    turned["anchors"][0]["parent"], turned["anchors"][0]["layer_order"] = None, None
+    assert "is not smaller than 'a2' on every axis" in refusal(tmp_path, turned)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_check_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    entry = file_entry(path)
+    assert entry == FileEntry(size=3, sha256="ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+    check_file(path, entry)
+    for changed in (b"abd", b"ab", b"abcd"):
+        path.write_bytes(changed)
+        with pytest.raises(IntegrityError, match="is not the file that the manifest names"):
+            check_file(path, entry)
+    path.unlink()
+    with pytest.raises(IntegrityError, match="is named by the manifest and does not exist"):
+        check_file(path, entry)
+
+
+# -- index maps -------------------------------------------------------------------------------------------------------
+
+
+def test_index_maps_round_trip(chain: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(chain / MANIFEST_NAME)
+    maps = load_index_maps(manifest, chain / INDEX_MAPS_NAME)
+    assert set(maps) == {"a1", "a2"}
+    assert maps["a1"].layers.tolist() == manifest.anchors[1].layer_order
+    assert set(maps["a1"].orders) == {"ffn"}
+    assert set(maps["a2"].orders) == {"ffn", "hidden", "kv_heads"}
+    assert maps["a2"].orders["hidden"].shape == (48,)
+    assert maps["a2"].orders["kv_heads"].shape == (2, 2)
+    save_index_maps(maps, tmp_path / INDEX_MAPS_NAME)
+    assert (tmp_path / INDEX_MAPS_NAME).read_bytes() == (chain / INDEX_MAPS_NAME).read_bytes()
+
+
+def test_orders() -> None:
+    index_map = IndexMap(np.arange(2), {"hidden": np.array([1, 0]), "ffn": np.array([[0, 1], [1, 0]])})
+    assert index_map.order("hidden", None, 2).tolist() == [1, 0]
+    assert index_map.order("ffn", 1, 2).tolist() == [1, 0]
+    assert index_map.order("heads", 1, 3).tolist() == [0, 1, 2]
+    assert index_map.order("ffn", 0, 2).dtype == np.int64
+
+
+def test_no_index_maps_means_prefixes(chain: Path) -> None:
+    maps = load_index_maps(read_manifest(chain / MANIFEST_NAME), None)
+    assert maps["a2"].order("hidden", None, 48).tolist() == list(range(48))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("a1/order/ffn", None, ""),
+        ("a1/order/ffn", np.zeros((3, 300), np.int32), "each row a permutation of its 300 ffn units"),
+        ("a1/order/ffn", np.arange(300, dtype=np.int32), "must be int32 (3, 300)"),
+        ("a1/order/ffn", np.tile(np.arange(300), (3, 1)), "must be int32"),
+        ("a1/order/ffn", np.tile(np.arange(1, 301, dtype=np.int32), (3, 1)), "a permutation"),
+        ("a1/order/layers", np.zeros((3, 3), np.int32), "which the axis map does not know"),
+        ("a1/order/head_dim", np.zeros((3, 8), np.int32), "which the axis map does not know"),
+        ("a1/order/colour", np.zeros(3, np.int32), "which the axis map does not know"),
+        ("a1/colour", np.zeros(3, np.int32), "which the axis map does not know"),
+        ("a9/order/ffn", np.zeros(3, np.int32), "which belongs to no anchor"),
+        ("colour", np.zeros(3, np.int32), "which belongs to no anchor"),
+        ("a2/energy/model.norm.weight", np.full(48, np.nan, np.float32), "finite and not negative"),
+        ("a2/energy/model.norm.weight", np.full(48, -1, np.float32), "finite and not negative"),
+        ("a2/energy/model.norm.weight", np.ones(47, np.float32), "must be float32 (48,)"),
+        ("a2/energy/model.embed_tokens.weight", np.ones(48, np.float32), "which the axis map does not know"),
+    ],
+)
+def test_bad_index_maps_are_refused(chain: Path, tmp_path: Path, key: str, value: Any, says: str) -> None:
+    tensors = load_file(chain / INDEX_MAPS_NAME)
+    tensors.pop(key, None)
+    path = tmp_path / INDEX_MAPS_NAME
+    save_file(tensors if value is None else {**tensors, key: value}, path)
+    manifest = read_manifest(chain / MANIFEST_NAME)
+    if value is None:  # an order that is left out is the trivial one
+        assert load_index_maps(manifest, path)["a1"].order("ffn", 0, 300).tolist() == list(range(300))
+        return
+    with pytest.raises(IntegrityError) as caught:
+        load_index_maps(manifest, path)
+    assert says in str(caught.value)
+
+
+def test_damaged_index_maps_are_refused(chain: Path, tmp_path: Path) -> None:
+    manifest, path = read_manifest(chain / MANIFEST_NAME), tmp_path / INDEX_MAPS_NAME
+    whole = (chain / INDEX_MAPS_NAME).read_bytes()
+    half = b'{"a1/order/ffn":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}'
+    for content in (b"", whole[:-1], whole[:100], len(half).to_bytes(8, "little") + half + b"\0\0"):
+        path.write_bytes(content)
+        with pytest.raises(IntegrityError, match="cannot be read|must be int32"):
+            load_index_maps(manifest, path)
+
+
+def test_one_anchor_is_a_chain(chain: Path, tmp_path: Path, data: dict[str, Any]) -> None:
+    alone = with_value(data, "anchors", data["anchors"][:1])
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(alone))
+    assert isinstance(read_manifest(tmp_path / MANIFEST_NAME), Manifest)
