@@ -359,7 +359,8 @@ def from_chain(
         alpha: Weight of the small anchor, 0..1; ``"auto"`` is 1 - r, r being the position between the anchors.
         method: ``interpolate``, ``paper`` (zero filling, exactly the paper's), ``expand`` (small anchor only),
             ``prune`` (large anchor only) or ``auto``.
-        refine: Compare candidates on calibration tokens that the chain ships and keep the best.
+        refine: Compare candidates on calibration tokens that the chain ships. No chain ships them yet, so True is
+            refused.
         tolerance: Largest relative error of the parameter count.
         dtype: ``"auto"`` keeps the anchors' dtype.
         revision: Branch, tag or commit of the chain.
@@ -378,5 +379,9 @@ def from_chain(
         IntegrityError: A file is not what the manifest says.
     """
     opened = Chain.from_pretrained(chain, revision, token, cache_dir, local_files_only, force_download)
+    if refine:
+        raise ManifestError(
+            f"the chain {opened.manifest.name!r} ships no calibration tokens; call it with refine=False"
+        )
     plan = opened.plan(num_parameters, shape=shape, alpha=alpha, method=method, tolerance=tolerance)
     return opened.initialize(plan, dtype=dtype)

@@ -24,7 +24,7 @@ from cbd_hub.basis import rotate
 from cbd_hub.chain import Anchor, IndexMap, Manifest, Training
 from cbd_hub.checkpoints import checksum_file
 from cbd_hub.distill import distill
-from cbd_hub.errors import OutputExistsError, RecipeError
+from cbd_hub.errors import OutputExistsError, RecipeError, SizeError
 from cbd_hub.evaluation import evaluate_loss, plot_size_loss
 from cbd_hub.hub import Location
 from cbd_hub.importance import rank
@@ -273,7 +273,9 @@ class _Build:
         manifest = manifest.model_copy(update={"curve": self._curve(manifest)})
         if manifest.curve:
             _plot(manifest, self.output / "size_loss.png")
-        cards.chain_card(manifest).save(self.output / "README.md")
+        cards.chain_card(manifest, folder=self.output).save(self.output / "README.md")
+        for anchor in anchors:
+            cards.anchor_card(manifest, anchor).save(self.output / "anchors" / anchor.name / "README.md")
         manifests.write_manifest(manifest, self.output)
         return Chain.from_pretrained(self.output)
 
@@ -286,7 +288,10 @@ class _Build:
         for large, small in zip(manifest.anchors, manifest.anchors[1:], strict=False):
             for k in range(1, per_pair + 1):
                 target = small.num_parameters + (large.num_parameters - small.num_parameters) * k // (per_pair + 1)
-                plan = chain.plan(target)
+                try:
+                    plan = chain.plan(target)
+                except SizeError:  # a tiny chain whose steps are coarser than the tolerance
+                    continue
                 model = chain.initialize(plan, dtype=torch.float32, progress=False)
                 result = evaluate_loss(model, self.made.text.test, max_tokens=self.recipe.evaluation.tokens)
                 points.append(

@@ -117,7 +117,7 @@ def _show_chain(chain: "Chain", as_json: bool) -> None:
         return
     console = Console()
     console.print(
-        f"{manifest.name}: a {manifest.architecture} chain from {manifest.source}, licence "
+        f"{manifest.name}: a {manifest.architecture} chain (source: {manifest.source}), licence "
         f"{manifest.license or 'not stated'}, basis {manifest.basis}",
         markup=False,
     )

@@ -5,6 +5,7 @@ Everything here is a function of the recipe alone, so that a build that is gone 
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.architectures import axis_map_for
 from cbd_hub.chain import Training
-from cbd_hub.data import Documents, Splits, load_documents, pack, split_documents, train_tokenizer
+from cbd_hub.data import Documents, Splits, load_documents, pack, split_documents, token_batches, train_tokenizer
 from cbd_hub.distill import distill
 from cbd_hub.errors import RecipeError
 from cbd_hub.recipe import Recipe
@@ -72,8 +73,7 @@ class Ingredients:
         if self.text is None or self.recipe.calibration_tokens == 0:
             return None
         rows = max(1, self.recipe.calibration_tokens // self.recipe.data.sequence_length)  # type: ignore[union-attr]
-        blocks = self.text.validation.with_format("torch")[: min(rows, len(self.text.validation))]["input_ids"]
-        return blocks.long()
+        return torch.cat(list(islice(token_batches(self.text.validation, 1), rows)))
 
     def _local(self, place: str) -> str:
         path = (self.base / Path(place).expanduser()).resolve()

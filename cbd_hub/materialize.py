@@ -123,6 +123,7 @@ def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype:
     if problems := {k: sorted(set(v) - tied) for k, v in info.items() if k.endswith("_keys") and set(v) - tied}:
         raise AxisMapError(f"the axis map does not cover {model_class.__name__}: {problems}")
     model.config.dtype = dtype
+    model._weight_conversions = None  # saved under the keys of published checkpoints (GPT-NeoX's embed_out)
     model.eval()
     return model
 

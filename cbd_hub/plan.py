@@ -162,9 +162,10 @@ def make_plan(
         raise SizeError("give exactly one of num_parameters and shape")
     if method not in METHODS:
         raise SizeError(f"method is {method!r}; allowed: {', '.join(METHODS)}.{did_you_mean(str(method), METHODS)}")
-    if alpha != "auto" and not (isinstance(alpha, int | float) and 0 <= alpha <= 1):
+    numeric = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if alpha != "auto" and not (numeric and 0 <= alpha <= 1):  # type: ignore[operator]
         raise SizeError(f"alpha is {alpha!r}; allowed: a number from 0 (large anchor) to 1 (small anchor), or 'auto'")
-    if not 0 <= tolerance < 1:
+    if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
         raise SizeError(f"tolerance is {tolerance!r}; allowed: 0 up to 1, e.g. 0.01 for one per cent")
     axis_map = manifest.resolved_axis_map
     if shape is not None:
@@ -271,17 +272,22 @@ def _pair_for_shape(
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise SizeError(f"shape field {name!r} is {value!r}; expected a positive integer")
     pairs = list(zip(manifest.anchors[1:], manifest.anchors, strict=False)) or [(manifest.anchors[0],) * 2]
+    problems = []
     for small, large in pairs:
         low, high = manifest.sizes(small), manifest.sizes(large)
         common = {f: v for f, v in small.shape.items() if large.shape[f] == v}
         if missing := [f for f in axis_map.fields if f not in shape and f not in common]:
-            raise SizeError(f"shape lacks {', '.join(missing)}, in which the anchors differ")
+            problems.append(f"shape lacks {', '.join(missing)}, in which {small.name!r} and {large.name!r} differ")
+            continue
         try:
             sizes = axis_map.sizes({**common, **shape})
         except AxisMapError as error:
-            raise SizeError(f"shape {dict(shape)} is impossible: {error}") from None
+            problems.append(f"shape {dict(shape)} is impossible: {error}")
+            continue
         if all(low[a] <= sizes[a] <= high[a] for a in sizes):
             return small, large, sizes
+    if len(problems) == len(pairs):
+        raise SizeError(problems[0])
     ranges = ", ".join(
         f"{f} {manifest.anchors[-1].shape[f]} to {manifest.anchors[0].shape[f]}" for f in axis_map.fields
     )

@@ -1,20 +1,17 @@
-"""The recipe: everything that decides what a chain will be, in one YAML file.
+"""The recipe of a chain: what a user writes in YAML, strict about names and types.
 
-A recipe names a source, the text, the sizes of the anchors and how they are distilled. It is checked as a whole
-before anything is downloaded or computed, and every part that decides the outcome of a step goes into that step's
-*fingerprint*: a build resumes where the fingerprints of its finished steps still hold.
+A key that is not known is refused with the nearest known name, before anything is trained.
 """
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cbd_hub.architectures import AXIS_MAPS
 from cbd_hub.axis_map import AxisMap
 from cbd_hub.data import DataConfig
 from cbd_hub.distill import DistillationConfig, TokenCount
@@ -27,61 +24,46 @@ __all__ = [
     "HubConfig",
     "Recipe",
     "Source",
-    "SourceTraining",
     "TrainSource",
     "TrainTokenizer",
-    "fingerprint",
     "load_recipe",
     "step_fingerprint",
 ]
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
-"""Letters, digits, ``.``, ``_`` and ``-``: fit for a folder and for the Hub."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
-class _Part(BaseModel):
+class _Strict(BaseModel):
+    """Refuses unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class SourceTraining(DistillationConfig, frozen=True):
-    """How a source is trained from scratch: as an anchor is, with cross-entropy alone."""
-
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate of AdamW."""
-    kl: float = Field(default=0.0, ge=0, le=0)
-    """There is no teacher."""
-    hidden: float = Field(default=0.0, ge=0, le=0)
-    """There is no teacher."""
-
-
-class TrainSource(_Part):
+class TrainSource(_Strict):
     """A source trained from scratch."""
 
     architecture: str = "llama"
     """``model_type`` of the transformers config."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Fields of that config (sizes and the like); the vocabulary follows from the tokenizer."""
-    training: SourceTraining = SourceTraining()
-    """Tokens, learning rate and so on."""
+    """Fields of that config; vocabulary size and special tokens come from the tokenizer."""
+    training: DistillationConfig = DistillationConfig()
+    """Tokens, learning rate and so on; only the cross-entropy plays a part."""
 
 
-class Source(_Part):
-    """The largest model of the chain: exactly one of `model` and `train`."""
+class Source(_Strict):
+    """What the chain is made from: exactly one of ``model`` and ``train``."""
 
+    name: Name | None = None
+    """Name of the largest anchor; by default the recipe's name and the size."""
     model: str | None = None
-    """Repo id on the Hub, or a folder relative to the recipe."""
+    """A folder (relative to the recipe) or a Hub repo id."""
     revision: str | None = None
-    """Branch, tag or commit of `model`; a commit makes the build repeatable."""
+    """Branch, tag or commit of ``model``."""
     train: TrainSource | None = None
-    """Train one from scratch instead."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shorthand(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
+    """Train a source from scratch instead."""
 
     @model_validator(mode="after")
-    def _exactly_one(self) -> "Source":
+    def _one(self) -> "Source":
         if (self.model is None) == (self.train is None):
             given = "neither" if self.train is None else "both"
             raise ValueError(f"give exactly one of model and train, got {given}")
@@ -90,117 +72,96 @@ class Source(_Part):
         return self
 
 
-class TrainTokenizer(_Part):
-    """A tokenizer trained on the training text, for a source that is trained too."""
+class TrainTokenizer(_Strict):
+    """A byte-level BPE tokenizer trained on the training text."""
 
-    vocab_size: int = Field(ge=257)
-    """Number of tokens, at most; 256 bytes and the end of text are always among them."""
+    vocab_size: int = Field(ge=300, le=1_000_000)
+    """Entries, special tokens included."""
 
 
-class AnchorSpec(_Part):
-    """One anchor: exactly one of `fraction`, `num_parameters` and `shape`.
+def _read_anchor(value: Any) -> Any:
+    """A bare fraction, count or string stands for a mapping."""
+    if isinstance(value, float) and not 0 < value < 1:
+        raise ValueError(f"{value} is no fraction between 0 and 1; write a parameter count as 90000000 or '90M'")
+    if isinstance(value, float):
+        return {"fraction": value}
+    return {"num_parameters": value} if isinstance(value, int | str) else value
 
-    In a recipe a number between 0 and 1 stands for a fraction, and a count such as ``90_000_000`` or ``90M`` for
-    `num_parameters`.
-    """
+
+def _read_size(value: Any) -> Any:
+    return parse_count(value) if isinstance(value, int | str) else value  # refuses true and false
+
+
+class AnchorSpec(_Strict):
+    """One anchor below the source: exactly one of ``fraction``, ``num_parameters`` and ``shape``."""
 
     fraction: float | None = Field(default=None, gt=0, lt=1)
-    """Parameters, as a fraction of the next larger anchor's."""
-    num_parameters: int | None = None
-    """Parameters, tied weights counted once."""
-    shape: dict[str, Annotated[int, Field(ge=1)]] | None = None
-    """Sizes, in the architecture's own config fields; those not given are the neighbour's."""
+    """Size as a fraction of the larger neighbour's parameters."""
+    num_parameters: Annotated[int, BeforeValidator(_read_size), Field(gt=0)] | None = None
+    """Size as a parameter count, e.g. ``"117M"``."""
+    shape: dict[str, Annotated[int, Field(gt=0)]] | None = None
+    """Config fields; those left out are the larger neighbour's."""
     name: Name | None = None
-    """Name in the manifest; None makes one from the size."""
-    init: str | None = None
-    """Checkpoint (repo id, or folder relative to the recipe) to start from instead of the neighbour's weights. Its
-    units do not correspond to the neighbour's, so models between the two will be poor."""
+    """By default the recipe's name and the size."""
     tokens: TokenCount | None = None
-    """Training tokens of this anchor; None takes those of `distillation`."""
-    learning_rate: float | None = Field(default=None, gt=0)
-    """Learning rate of this anchor; None takes that of `distillation`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shorthand(cls, value: Any) -> Any:
-        if isinstance(value, float) and not 0 < value < 1:
-            raise ValueError(f"{value} is no fraction between 0 and 1; write a parameter count as 90000000 or '90M'")
-        if isinstance(value, float):
-            return {"fraction": value}
-        return {"num_parameters": value} if isinstance(value, int | str) else value
-
-    @field_validator("num_parameters", mode="before")
-    @classmethod
-    def _count(cls, value: Any) -> Any:
-        return parse_count(value) if isinstance(value, int | str) else value
+    """Training tokens of this anchor; by default those of ``distillation``."""
 
     @model_validator(mode="after")
-    def _exactly_one(self) -> "AnchorSpec":
+    def _one(self) -> "AnchorSpec":
         given = [name for name in ("fraction", "num_parameters", "shape") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of fraction, num_parameters and shape, got {' and '.join(given) or 'none'}"
-            )
+            got = " and ".join(given) or "none"
+            raise ValueError(f"give exactly one of fraction, num_parameters and shape, got {got}")
         return self
 
 
-class EvaluationConfig(_Part):
-    """What is measured once the anchors are built, on text that took no part in building them."""
+class EvaluationConfig(_Strict):
+    """How the finished chain is measured on held-out text."""
 
-    tokens: TokenCount | None = None
-    """Predicted tokens that a loss is measured on, at most; None takes all of the test text."""
-    curve_points: int = Field(default=4, ge=0)
-    """Sizes measured between each pair of neighbours."""
+    tokens: Annotated[int, Field(gt=0)] | None = None
+    """Most predicted tokens a measurement; None takes all held-out text."""
+    curve_points: int = Field(default=4, ge=0, le=100)
+    """Sizes measured between every two anchors."""
 
 
-class HubConfig(_Part):
-    """Where a chain is published."""
+class HubConfig(_Strict):
+    """Where the chain is to be published."""
 
     repo_id: str
-    """``user/name`` of the repository."""
-    private: bool | None = None
-    """Whether it is private; None takes the account's default."""
+    """``owner/name`` of the chain's repository."""
+    private: bool = False
+    """Whether the repositories are private."""
     license: str | None = None
-    """Licence on the model cards, as the Hub spells it (``apache-2.0``)."""
+    """Licence on the cards; by default the recipe's."""
 
 
-class Recipe(_Part):
-    """What :func:`cbd_hub.build_chain` builds."""
+class Recipe(_Strict):
+    """Everything that makes a chain."""
 
     name: Name
-    """Name of the chain."""
+    """Name of the chain; anchors are named after it."""
     source: Source
-    """The largest model."""
+    """What the chain is made from."""
     tokenizer: str | TrainTokenizer | None = None
-    """Repo id or folder of a tokenizer, or one to train; None takes the source's own."""
+    """A folder, a repo id, or ``{vocab_size: N}`` to train one; None takes the source model's."""
     data: DataConfig | None = None
-    """The text; needed unless every `tokens` is 0."""
-    anchors: Annotated[list[AnchorSpec], Field(min_length=1)]
-    """The anchors below the source, largest first."""
+    """The text; None only where nothing is trained."""
+    anchors: list[Annotated[AnchorSpec, BeforeValidator(_read_anchor)]] = Field(min_length=1)
+    """From large to small; an item may be a bare fraction or parameter count."""
     distillation: DistillationConfig = DistillationConfig()
     """How every anchor is trained."""
-    calibration_tokens: TokenCount = 16_384
-    """Tokens that importance and activation statistics are measured on."""
-    bridge: None = None
-    """Reserved: sources of another architecture or vocabulary are not supported yet."""
+    calibration_tokens: int = Field(default=16_384, ge=0)
+    """Validation tokens that importance and basis are measured on; 0 ranks by weights alone, which is much worse."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """What is measured."""
+    """How the chain is measured."""
     hub: HubConfig | None = None
-    """Where the chain is published; None keeps it local."""
+    """Where it is to be published."""
     license: str | None = None
-    """Licence of the chain, as the Hub spells it; None takes the source's."""
+    """Licence identifier, e.g. ``apache-2.0``."""
     axis_map: dict[str, Any] | None = None
-    """Axis map of an architecture that this library does not know (:class:`cbd_hub.axis_map.AxisMap`)."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of the build; added to the seed of each training (``data.seed``, which splits the text, stands alone)."""
+    """An axis map for an architecture that the library does not know."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision in which anchors are saved."""
-
-    @field_validator("bridge", mode="before")
-    @classmethod
-    def _no_bridge(cls, value: Any) -> None:
-        if value is not None:
-            raise ValueError("bridge distillation is not supported yet; leave bridge out")
+    """In which the anchors are saved."""
 
     @field_validator("axis_map")
     @classmethod
@@ -210,103 +171,24 @@ class Recipe(_Part):
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> "Recipe":
-        train = self.source.train
-        names = [anchor.name for anchor in self.anchors if anchor.name is not None]
+    def _complete(self) -> "Recipe":
+        names = [name for name in (self.source.name, *(a.name for a in self.anchors)) if name is not None]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two anchors have the name {repeated[0]!r}; names must differ")
-        if train is not None:
-            if self.axis_map is None and train.architecture not in AXIS_MAPS:
-                known = ", ".join(sorted(AXIS_MAPS))
-                hint = did_you_mean(train.architecture, AXIS_MAPS)
-                raise ValueError(f"source.train.architecture {train.architecture!r} is none of {known}.{hint}")
-            if self.tokenizer is None:
-                raise ValueError("a source trained from scratch needs a tokenizer: a name, or {vocab_size: N}")
-        elif isinstance(self.tokenizer, TrainTokenizer):
+        if self.source.train is None and isinstance(self.tokenizer, TrainTokenizer):
             raise ValueError("a tokenizer can be trained only for a source that is trained from scratch")
-        needed = isinstance(self.tokenizer, TrainTokenizer) or any(self.training(i).tokens for i in self.steps)
-        if needed and self.data is None:
-            raise ValueError("data is missing: give text_files or dataset (or set every `tokens` to 0)")
+        trains = self.source.train is not None or any(
+            (self.distillation.tokens if a.tokens is None else a.tokens) > 0 for a in self.anchors
+        )
+        if trains and self.data is None:
+            raise ValueError(
+                "`data` is missing: give it text, or set distillation.tokens to 0 to cut without training"
+            )
+        if self.source.train is not None and self.tokenizer is None:
+            raise ValueError(
+                "`tokenizer` is missing: a source trained from scratch needs one, e.g. {vocab_size: 4096}"
+            )
         return self
-
-    @property
-    def steps(self) -> range:
-        """The steps of the build: 0 makes the source ready, i makes ``anchors[i - 1]``."""
-        return range(len(self.anchors) + 1)
-
-    def training(self, index: int) -> DistillationConfig:
-        """Returns how step `index` trains, with the anchor's own settings; a ready-made source trains 0 tokens."""
-        train, own, config = self.source.train, {}, self.distillation
-        if index == 0:
-            config = SourceTraining(tokens=0) if train is None else train.training
-        else:
-            own = self.anchors[index - 1].model_dump(include={"tokens", "learning_rate"}, exclude_none=True)
-        return config.model_copy(update={**own, "seed": (self.seed + config.seed) % 2**32})
-
-
-def load_recipe(recipe: str | Path | dict[str, Any] | Recipe) -> tuple[Recipe, Path]:
-    """Reads and checks a recipe.
-
-    Args:
-        recipe: Path to a YAML file, its content as a dict, or a recipe (returned as it is).
-
-    Returns:
-        the recipe, and the folder that its relative paths start from: the file's, else the working directory.
-
-    Raises:
-        RecipeError: The file is missing or no YAML, a key is unknown or given twice, a value is of the wrong type or
-            out of range, or parts contradict each other. The message names the first problem and counts the others.
-    """
-    if isinstance(recipe, Recipe):
-        return recipe, Path.cwd()
-    if isinstance(recipe, dict):
-        return _check(recipe, "The recipe"), Path.cwd()
-    path = Path(recipe)
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except OSError as error:
-        raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"The recipe {path} is not UTF-8; convert it to UTF-8.") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"The recipe {path} is no valid YAML: {' '.join(str(error).split())}") from None
-    return _check(data, str(path)), path.resolve().parent
-
-
-def fingerprint(recipe: Recipe) -> str:
-    """Returns the SHA-256 (hex) of everything that decides what is built and measured; `hub` does not."""
-    return _sha256(
-        {"steps": step_fingerprint(recipe, len(recipe.anchors)), **_dump(recipe, {"name", "evaluation", "license"})}
-    )
-
-
-def step_fingerprint(recipe: Recipe, index: int) -> str:
-    """Returns the SHA-256 (hex) of everything that decides the outcome of step `index` (:attr:`Recipe.steps`).
-
-    That is the source, the text's description (not its content), the tokenizer, the seeds, and the anchors up to
-    this one with their training, but neither later anchors nor names, evaluation, licence and hub.
-
-    Raises:
-        RecipeError: There is no such step.
-    """
-    if index not in recipe.steps:
-        raise RecipeError(f"The recipe has the steps 0 to {len(recipe.anchors)}; there is no step {index}.")
-    common = {"source", "tokenizer", "data", "calibration_tokens", "axis_map", "seed", "dtype"}
-    anchors = [anchor.model_dump(mode="json", exclude={"name"}) for anchor in recipe.anchors[:index]]
-    training = [recipe.training(i).model_dump(mode="json", exclude={"report_to"}) for i in range(index + 1)]
-    return _sha256({**_dump(recipe, common), "anchors": anchors, "training": training})
-
-
-def _dump(recipe: Recipe, include: set[str]) -> dict[str, Any]:
-    dumped = recipe.model_dump(mode="json", include=include)
-    if train := (dumped.get("source") or {}).get("train"):
-        del train["training"]  # stands among the trainings of all steps
-    return dumped
-
-
-def _sha256(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -324,14 +206,51 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> tuple[Recipe, Path]:
+    """Reads and checks a recipe.
+
+    Returns:
+        The recipe, and the folder that relative paths in it start from (the YAML file's, else the current one).
+
+    Raises:
+        RecipeError: No such file, not YAML, a key that is unknown or given twice, a value of the wrong type or out of
+            range, or parts that do not go together. The message names the first problem and counts the others.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe, Path.cwd()
+    if not isinstance(recipe, str | Path):
+        return _check(recipe, "the recipe"), Path.cwd()
+    path = Path(recipe).expanduser()
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"the recipe {path} is not UTF-8; convert it to UTF-8") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the recipe {path} is no valid YAML: {' '.join(str(error).split())}") from None
+    return _check(data, str(path)), path.resolve().parent
+
+
+def step_fingerprint(recipe: Recipe, index: int) -> str:
+    """Returns a SHA-256 over all that decides step ``index`` (0 is the source): later anchors play no part."""
+    without = {"hub", "license", "anchors", "evaluation"} | ({"distillation"} if index == 0 else set())
+    parts = recipe.model_dump(mode="json", exclude=without)
+    parts["anchors"] = [a.model_dump(mode="json") for a in recipe.anchors[:index]]
+    parts["evaluation_tokens"] = recipe.evaluation.tokens
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def _check(data: Any, where: str) -> Recipe:
-    if not isinstance(data, dict):
-        raise RecipeError(f"{where} must hold keys and values (name, source, anchors, ...), got {_short(data)}.")
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where} must hold keys and values (name, source, anchors, ...); got {_short(data)}")
+    if "bridge" in data:
+        raise RecipeError(f"{where}: bridge is not supported yet; the source must be of the chain's own architecture")
     for path, text in _strings(data, ()):
         if "${" in text:
-            raise RecipeError(f"{where}: {_dotted(path)} holds {_short(text)}; a recipe knows no variables.")
+            raise RecipeError(f"{where}: {_dotted(path)} holds {_short(text)}; a recipe knows no variables")
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(dict(data))
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error, data)}") from None
 
@@ -339,7 +258,7 @@ def _check(data: Any, where: str) -> Recipe:
 def _strings(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], str]]:
     if isinstance(value, str):
         yield path, value
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield from _strings(item, (*path, key))
 
@@ -370,7 +289,7 @@ def _place(loc: tuple[Any, ...], data: Any) -> tuple[Any, ...]:
     """The keys that lead to a problem; pydantic's location also holds names of types."""
     path = []
     for part in loc:
-        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
+        if (isinstance(data, Mapping) and part in data) or (isinstance(data, list) and isinstance(part, int)):
             path.append(part)
             data = data[part]
     return tuple(path)

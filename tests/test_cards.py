@@ -226,7 +226,7 @@ def test_a_models_card_shows_what_was_measured() -> None:
     assert cells(card, "**this model**")[4:] == ["3.1250", "22.760", "4,321"]
     assert "a held-out loss of 3.250 nats a token be expected" in card.text
     assert 'from_pretrained("org/middle")' in card.text
-    assert '    "tiny-chain",  # the folder of the chain\n' in card.text
+    assert '    # the folder of the chain\n    "tiny-chain",\n' in card.text
     assert card.data.base_model == "org/source"  # neither the anchors nor the chain have a repository
     assert [r.metric_value for r in card.data.eval_results or []] == [3.125, 22.76]
 

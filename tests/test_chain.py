@@ -157,7 +157,9 @@ def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
         ("curve", [{"num_parameters": 1, "loss": "low", "method": "auto"}], "at curve.0.loss"),
     ],
 )
-def test_a_claim_that_cannot_be_is_refused(tmp_path: Path, data: dict[str, Any], path: str, value: Any, says: str) -> None:
+def test_a_claim_that_cannot_be_is_refused(
+    tmp_path: Path, data: dict[str, Any], path: str, value: Any, says: str
+) -> None:
     assert says in refusal(tmp_path, with_value(data, path, value))
 
 

@@ -88,7 +88,9 @@ def test_a_bad_header_is_refused(tmp_path: Path, header: Any, data: bytes, says:
     assert "fetch it again" in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [b"", b"\0" * 7, struct.pack("<Q", 9) + b"{}", b"\xff" * 8 + b"{}", b"PK\x03\x04" * 50])
+@pytest.mark.parametrize(
+    "data", [b"", b"\0" * 7, struct.pack("<Q", 9) + b"{}", b"\xff" * 8 + b"{}", b"PK\x03\x04" * 50]
+)
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(data)
     with pytest.raises(IntegrityError, match="is not a safetensors file"):

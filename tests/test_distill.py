@@ -73,6 +73,7 @@ def trainer_for(
     student, teacher, index_map = model or pair(family)
     ends = block_ends(index_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     arguments = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "max_steps": 1, **arguments}
+    arguments["dataloader_pin_memory"] = False
     args = TrainingArguments(
         output_dir=str(folder), report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1, **arguments
     )

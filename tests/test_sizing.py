@@ -133,7 +133,8 @@ def test_parse_count_gives_a_count_or_a_size_error(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(134_515_008, "134.5M"), (999, "999"), (1_000, "1k"), (1_235_814_400, "1.236B"), (10**12, "1T")]
+    ("count", "text"),
+    [(134_515_008, "134.5M"), (999, "999"), (1_000, "1k"), (1_235_814_400, "1.236B"), (10**12, "1T")],
 )
 def test_format_count(count: int, text: str) -> None:
     assert format_count(count) == text
