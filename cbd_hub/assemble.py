@@ -380,8 +380,6 @@ def from_chain(
     """
     opened = Chain.from_pretrained(chain, revision, token, cache_dir, local_files_only, force_download)
     if refine:
-        raise ManifestError(
-            f"the chain {opened.manifest.name!r} ships no calibration tokens; call it with refine=False"
-        )
+        raise ManifestError(f"the chain {opened.manifest.name!r} ships no calibration tokens; pass refine=False")
     plan = opened.plan(num_parameters, shape=shape, alpha=alpha, method=method, tolerance=tolerance)
     return opened.initialize(plan, dtype=dtype)

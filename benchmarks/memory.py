@@ -1,0 +1,109 @@
+"""Peak memory and time of from_chain on a pair of anchors of about 1 GB, against averaging two loaded models by hand.
+
+Run with ``make bench`` or ``python benchmarks/memory.py``; writes docs/results/memory.json. Every measurement is a process
+of its own: peak resident memory less what the interpreter and the libraries hold before the call.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "memory.json"
+
+
+def make_pair(folder: Path, layers: int) -> None:
+    """A random source of about 1 GB in float32, and a neighbour of 70 % cut out of it; nothing is trained."""
+    from cbd_hub import build_chain
+
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "source")
+    recipe = {
+        "name": "pair",
+        "source": {"model": str(folder / "source")},
+        "anchors": [0.7],
+        "distillation": {"tokens": 0},
+        "evaluation": {"curve_points": 0},
+    }
+    build_chain(recipe, folder / "chain", progress=False)
+
+
+def by_hand(chain: Path) -> None:
+    """What a user would do instead: load both anchors, average the corner that they share."""
+    manifest = json.loads((chain / "chain.json").read_text())
+    large, small = (AutoModelForCausalLM.from_pretrained(chain / "anchors" / a["name"]) for a in manifest["anchors"])
+    mine, theirs = large.state_dict(), small.state_dict()
+    for name, tensor in mine.items():
+        if name in theirs:
+            corner = tuple(slice(0, n) for n in theirs[name].shape)
+            tensor[corner] = 0.5 * tensor[corner] + 0.5 * theirs[name]
+
+
+def child(way: str, chain: Path, target: int) -> None:
+    """Runs one way and prints its peak memory (bytes above the start) and seconds."""
+    from cbd_hub import from_chain
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    start = time.perf_counter()
+    if way == "from_chain":
+        from_chain(chain, num_parameters=target)
+    else:
+        by_hand(chain)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    print(json.dumps({"peak_bytes": peak, "seconds": seconds}))
+
+
+def main(layers: int) -> None:
+    """Makes the pair, measures both ways twice (the second time warm) and writes the result."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_pair(folder, layers)
+        manifest = json.loads((folder / "chain" / "chain.json").read_text())
+        sizes = [a["num_parameters"] for a in manifest["anchors"]]
+        target = sum(sizes) // 2
+        result: dict[str, object] = {"anchors": sizes, "target": target, "machine": platform.machine()}
+        for way in ("from_chain", "by_hand"):
+            for _ in range(2):
+                command = [sys.executable, __file__, "--child", way, str(folder / "chain"), str(target)]
+                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                result[way] = json.loads(output.splitlines()[-1])
+        largest_pair = 2 * 4 * 32000 * 1024
+        peak = result["from_chain"]["peak_bytes"]  # type: ignore[index]
+        allowed = 1.25 * 4 * target + largest_pair
+        result |= {"allowed_bytes": allowed, "share_of_allowed": peak / allowed, "share_of_target": peak / (4 * target)}
+        result["peak_against_by_hand"] = peak / result["by_hand"]["peak_bytes"]  # type: ignore[index]
+        result["time_against_by_hand"] = result["from_chain"]["seconds"] / result["by_hand"]["seconds"]  # type: ignore[index]
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    if peak > allowed:
+        sys.exit(f"peak memory {peak:,} is above the allowed {allowed:,.0f} bytes")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=15, help="layers of the source; 15 make 1 GB")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child[0], Path(arguments.child[1]), int(arguments.child[2]))
+    else:
+        main(arguments.layers)
