@@ -50,10 +50,16 @@ class Ingredients:
     def tokenizer(self) -> Tokenizer | None:
         """Named by the recipe, trained on the training text, or the source model's; None where there is none."""
         wanted = self.recipe.tokenizer
-        if wanted is None:
-            return AutoTokenizer.from_pretrained(self._model_place()) if self.recipe.source.model else None
-        if isinstance(wanted, str):
-            return AutoTokenizer.from_pretrained(self._local(wanted))
+        if wanted is None and self.recipe.source.model is None:
+            return None
+        if wanted is None or isinstance(wanted, str):
+            place = self._model_place() if wanted is None else self._local(wanted)
+            try:
+                return AutoTokenizer.from_pretrained(place)
+            except (OSError, ValueError) as error:
+                if wanted is None and self.recipe.data is None:
+                    return None  # a bare model can be cut without a tokenizer
+                raise RecipeError(f"the tokenizer {place!r} cannot be loaded: {error}") from error
         return train_tokenizer(self.splits.train, wanted.vocab_size)
 
     @cached_property
