@@ -7,7 +7,6 @@ process of its own: peak resident memory less what the interpreter and the libra
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -56,18 +55,24 @@ def by_hand(chain: Path) -> None:
             tensor[corner] = 0.5 * tensor[corner] + 0.5 * theirs[name]
 
 
+def peak_resident() -> int:
+    """Largest resident memory so far, in bytes (Linux; getrusage would also count the parent's before exec)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def child(way: str, chain: Path, target: int) -> None:
     """Runs one way and prints its peak memory (bytes above the start) and seconds."""
     from cbd_hub import from_chain
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_resident()
     start = time.perf_counter()
     if way == "from_chain":
         from_chain(chain, num_parameters=target)
     else:
         by_hand(chain)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = peak_resident() - before
     print(json.dumps({"peak_bytes": peak, "seconds": seconds}))
 
 

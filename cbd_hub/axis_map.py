@@ -223,7 +223,7 @@ class AxisMap:
                 value = known.get("hidden", 0) // product(self._part(self.heads), known)
             unknown = [axis for axis in part if axis not in known]
             rest = product(tuple(a for a in part if a in known), known)
-            if len(unknown) > 1 or value % rest or (not unknown and value != rest):
+            if len(unknown) > 1 or not rest or value % rest or (not unknown and value != rest):
                 raise AxisMapError(
                     f"config field {name!r} is {value}; it must be {' x '.join(map(str, part))} "
                     f"(known: {', '.join(f'{a}={known[a]}' for a in part if a in known) or 'none'})"

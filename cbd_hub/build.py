@@ -74,6 +74,7 @@ class _Build:
         self.output = output
         self.state = output / ".build"
         self.progress = progress
+        self.names: set[str] = set()
         if recipe.axis_map is not None:
             register_axis_map(AxisMap.from_dict(recipe.axis_map))
 
@@ -88,13 +89,16 @@ class _Build:
         model, training = self.made.source(self.state / "work", self.progress)
         axis_map = axis_map_for(model.config)
         sizes = axis_map.sizes(model.config)
-        basis = "native"
-        blocks = self.made.calibration()
-        if axis_map.rotatable and blocks is not None and self._width_changes(axis_map, sizes):
+        basis, blocks = self._basis(axis_map, sizes), self.made.calibration()
+        if basis == "pca" and blocks is not None:
             rotate(model, axis_map, sizes, blocks)
-            basis = "pca"
         name = self.recipe.source.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, sizes))}"
         return name, model, training, None, basis
+
+    def _basis(self, axis_map: AxisMap, sizes: Sizes) -> str:
+        """``pca`` where the source is to be rotated: there is a narrower anchor, and text to measure on."""
+        can = axis_map.rotatable and self.made.calibration() is not None
+        return "pca" if can and self._width_changes(axis_map, sizes) else "native"
 
     def _width_changes(self, axis_map: AxisMap, sizes: Sizes) -> bool:
         for spec in self.recipe.anchors:
@@ -122,6 +126,9 @@ class _Build:
         axis_map = axis_map_for(teacher.config)
         large = axis_map.sizes(teacher.config)
         small = self._target(spec, axis_map, large)
+        name = spec.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, small))}"
+        if name in self.names:
+            raise RecipeError(f"two anchors would have the name {name!r}; give one of them another `name`")
         index_map = rank(
             teacher,
             axis_map,
@@ -152,7 +159,6 @@ class _Build:
                 work_dir=self.state / "work",
                 progress=self.progress,
             )
-        name = spec.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, small))}"
         return name, student, training, index_map, basis
 
     def step(self, index: int, parent: Anchor | None, basis: str) -> tuple[Anchor, IndexMap | None, str]:
@@ -163,13 +169,15 @@ class _Build:
         if record.is_file():
             saved = json.loads(record.read_text(encoding="utf-8"))
             if saved["fingerprint"] != fingerprint:
-                raise OutputExistsError(
-                    f"{self.output} holds a build of another recipe (step {index} differs); name another folder, or "
-                    "start over with resume=False (--no-resume)"
-                )
+                raise self._another(f"step {index} differs")
             anchor = Anchor.model_validate_json(json.dumps(saved["anchor"]))
             for name, entry in anchor.files.items():
                 manifests.check_file(self.output / "anchors" / anchor.name / name, entry)
+            if parent is None:  # the one thing in which later anchors touch an earlier step
+                axis_map = axis_map_for(AutoConfig.from_pretrained(self.output / "anchors" / anchor.name))
+                if (wanted := self._basis(axis_map, axis_map.sizes(anchor.shape))) != saved["basis"]:
+                    raise self._another(f"its basis is {saved['basis']}, these anchors need {wanted}")
+            self.names.add(anchor.name)
             return anchor, self._read_map(anchor, maps), saved["basis"]
         if parent is None:
             name, model, training, index_map, basis = self.source()
@@ -183,7 +191,14 @@ class _Build:
             json.dumps({"fingerprint": fingerprint, "basis": basis, "anchor": anchor.model_dump(mode="json")})
         )
         partial.replace(record)
+        self.names.add(anchor.name)
         return anchor, index_map, basis
+
+    def _another(self, why: str) -> OutputExistsError:
+        return OutputExistsError(
+            f"{self.output} holds a build of another recipe ({why}); name another folder, or start over with "
+            "resume=False (--no-resume)"
+        )
 
     def _read_map(self, anchor: Anchor, path: Path) -> IndexMap | None:
         if anchor.layer_order is None:

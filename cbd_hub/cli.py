@@ -121,21 +121,29 @@ def _show_chain(chain: "Chain", as_json: bool) -> None:
         f"{manifest.license or 'not stated'}, basis {manifest.basis}",
         markup=False,
     )
-    table = Table("anchor", "parameters", "shape", "trained on", "held-out loss", "perplexity", "aligned")
+    varying = [name for name, value in manifest.anchors[0].shape.items() if manifest.anchors[-1].shape[name] != value]
+    table = Table(
+        "anchor", "parameters", "shape (what differs)", "trained on", "held-out loss", "perplexity", "aligned"
+    )
     for anchor in manifest.anchors:
         told = anchor.evaluation
         table.add_row(
             anchor.name,
             format_count(anchor.num_parameters),
-            " ".join(f"{name}={value}" for name, value in anchor.shape.items()),
+            "\n".join(f"{name} {anchor.shape[name]}" for name in varying),
             f"{format_count(anchor.training.tokens)} tokens" if anchor.training else "-",
-            f"{told.loss:.4f} ({format_count(told.num_tokens)} tokens)" if told else "-",
+            f"{told.loss:.4f}" if told else "-",
             f"{told.perplexity:.2f}" if told else "-",
             "yes" if anchor.aligned else "no",
         )
     console.print(table)
+    if manifest.anchors[0].evaluation:
+        console.print(f"losses in nats a token, on {manifest.anchors[0].evaluation.num_tokens} held-out tokens")
     if manifest.curve:
-        points = ", ".join(f"{format_count(p.num_parameters)} {p.loss:.3f}" for p in manifest.curve)
+        points = ", ".join(
+            f"{format_count(p.num_parameters)} {p.loss:.3f}"
+            for p in sorted(manifest.curve, key=lambda p: p.num_parameters)
+        )
         console.print(f"measured in between (nats a token): {points}", markup=False)
 
 

@@ -29,7 +29,7 @@ def write_model(
         OutputExistsError: The folder is not empty.
         IntegrityError: The chain's files are not what its manifest says.
     """
-    target = require_empty(folder)
+    target = require_empty(folder).resolve()  # "." has a name of its own
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

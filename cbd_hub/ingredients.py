@@ -49,17 +49,13 @@ class Ingredients:
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """Named by the recipe, trained on the training text, or the source model's; None where there is none."""
-        wanted = self.recipe.tokenizer
-        if wanted is None and self.recipe.source.model is None:
-            return None
-        if wanted is None or isinstance(wanted, str):
-            place = self._model_place() if wanted is None else self._local(wanted)
-            try:
-                return AutoTokenizer.from_pretrained(place)
-            except (OSError, ValueError) as error:
-                if wanted is None and self.recipe.data is None:
-                    return None  # a bare model can be cut without a tokenizer
-                raise RecipeError(f"the tokenizer {place!r} cannot be loaded: {error}") from error
+        wanted, source = self.recipe.tokenizer, self.recipe.source
+        if wanted is None:  # a bare model can be cut without a tokenizer
+            return _load_tokenizer(self._model_place(), source.revision) if source.model else None
+        if isinstance(wanted, str):
+            if (found := _load_tokenizer(self._local(wanted))) is None:
+                raise RecipeError(f"{wanted!r} holds no tokenizer; name a folder or a repo id with one")
+            return found
         return train_tokenizer(self.splits.train, wanted.vocab_size)
 
     @cached_property
@@ -125,3 +121,15 @@ class Ingredients:
             progress=progress,
         )
         return model.eval(), training
+
+
+def _load_tokenizer(place: str, revision: str | None = None) -> Tokenizer | None:
+    """Loads a tokenizer; None where a model ships none (transformers may then make an empty one up)."""
+    folder = Path(place)
+    if folder.is_dir() and not any("token" in p.name or "vocab" in p.name for p in folder.iterdir()):
+        return None
+    try:
+        found: Tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the tokenizer of {place!r} cannot be loaded: {error}") from error
+    return found if len(found) > len(found.all_special_ids) else None

@@ -54,7 +54,7 @@ class TensorOp:
     @property
     def kind(self) -> str:
         """What is done, in a word or two."""
-        if self.large and self.alpha and not self.small:
+        if self.large and not self.small and self.alpha and not self.masked:
             return f"{1 - self.alpha:.3g} large"
         if self.large and self.small:
             return f"{self.alpha:.3g} small + {1 - self.alpha:.3g} large"

@@ -264,7 +264,7 @@ def test_damaged_index_maps_are_refused(chain: Path, tmp_path: Path) -> None:
     half = b'{"a1/order/ffn":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}'
     for content in (b"", whole[:-1], whole[:100], len(half).to_bytes(8, "little") + half + b"\0\0"):
         path.write_bytes(content)
-        with pytest.raises(IntegrityError, match="cannot be read|must be int32"):
+        with pytest.raises(IntegrityError, match=r"cannot be read|must be int32"):
             load_index_maps(manifest, path)
 
 
@@ -272,3 +272,14 @@ def test_one_anchor_is_a_chain(chain: Path, tmp_path: Path, data: dict[str, Any]
     alone = with_value(data, "anchors", data["anchors"][:1])
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(alone))
     assert isinstance(read_manifest(tmp_path / MANIFEST_NAME), Manifest)
+
+
+@pytest.mark.parametrize("field", ["n_embd", "n_head", "n_layer", "n_inner"])
+def test_a_shape_without_a_field_is_refused(tmp_path: Path, field: str) -> None:
+    """GPT-2's width must equal heads x head_dim, of which any may be missing."""
+    folder = make_chain(tmp_path / "c", variant_model("gpt2"))
+    data = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    for value in (None, 1, 5):
+        shape = {k: v for k, v in data["anchors"][0]["shape"].items() if k != field}
+        shape |= {} if value is None else {field: value}
+        assert "at the manifest: Value error, anchor 'a" in refusal(tmp_path, with_value(data, "anchors.0.shape", shape))

@@ -183,7 +183,7 @@ def test_other_tensors_than_expected_are_refused(
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path, saved: Path, llama: tuple[AxisMap, dict[str, int]]) -> None:
     save_file({"model.norm.weight": torch.ones(48)}, tmp_path / "second.safetensors")
-    with pytest.raises(IntegrityError, match="'model.norm.weight' is stored twice"):
+    with pytest.raises(IntegrityError, match=r"'model\.norm\.weight' is stored twice"):
         Checkpoint([saved / "model.safetensors", tmp_path / "second.safetensors"], llama[0])
 
 

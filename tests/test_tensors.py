@@ -163,7 +163,7 @@ def test_rescale() -> None:
 
 def test_labels_are_unique() -> None:
     for spec in LAYOUTS:
-        sizes = {axis: 3 for axis in AXES}
+        sizes = dict.fromkeys(AXES, 3)
         for dim, length in zip(labels(spec, sizes), parse(spec).shape(sizes), strict=True):
             assert len(dim) == len(set(dim)) == length
     assert list(itertools.chain(*labels("(heads 2)", {"heads": 2})))[2] == (("part", 0), ("heads", 1), ("factor 1", 0))
