@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from cbd_hub.errors import CbdError
 
@@ -122,9 +123,8 @@ def _show_chain(chain: "Chain", as_json: bool) -> None:
         markup=False,
     )
     varying = [name for name, value in manifest.anchors[0].shape.items() if manifest.anchors[-1].shape[name] != value]
-    table = Table(
-        "anchor", "parameters", "shape (what differs)", "trained on", "held-out loss", "perplexity", "aligned"
-    )
+    columns = [Column(name, overflow="fold") for name in ("shape (what differs)", "trained on", "held-out loss")]
+    table = Table(Column("anchor", no_wrap=True), "parameters", *columns, "perplexity", "aligned")
     for anchor in manifest.anchors:
         told = anchor.evaluation
         table.add_row(
@@ -247,10 +247,10 @@ def eval_command(
     if as_json:
         _print_json(rows)
         return
-    table = Table("model", "parameters", "loss (nats a token)", "perplexity", "tokens")
+    table = Table(Column("model", overflow="fold"), "parameters", "loss (nats a token)", "perplexity", "tokens")
     for row in rows:
         table.add_row(
-            row["name"],
+            escape(row["name"]),
             f"{row['num_parameters']:,}",
             f"{row['loss']:.4f}",
             f"{row['perplexity']:.2f}",
@@ -261,7 +261,10 @@ def eval_command(
 
 @app.command()
 def env(as_json: Json = False) -> None:
-    """Prints versions and settings, for bug reports."""
+    """Prints versions and settings, for bug reports.
+
+    Example: cbd-hub env --json
+    """
     libraries = ["cbd_hub", "torch", "transformers", "huggingface_hub", "safetensors", "datasets", "accelerate"]
     facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     for library in libraries:

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -106,7 +107,7 @@ class Ingredients:
         values = {"vocab_size": len(self.tokenizer), **ids, **train.config}
         try:
             config = AutoConfig.for_model(train.architecture, **values)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, StrictDataclassError) as error:
             raise RecipeError(f"source.train.config is no {train.architecture} config: {error}") from error
         axis_map_for(config)  # refuses an unknown family before hours are spent
         torch.manual_seed(train.training.seed)

@@ -7,7 +7,7 @@ neighbours has a given count (:func:`solve`), and which shape should the next sm
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from math import prod
 
@@ -21,6 +21,7 @@ __all__ = [
     "Sizes",
     "count_parameters",
     "format_count",
+    "gap_free",
     "ladder",
     "parse_count",
     "solve",
@@ -145,6 +146,7 @@ def solve(
     large: Sizes,
     tolerance: float = 0.01,
     multiples: Mapping[int, float] = MULTIPLES,
+    accept: Callable[[Sizes], bool] = lambda sizes: True,
 ) -> dict[str, int]:
     """Returns the sizes between two neighbours that have ``target`` parameters.
 
@@ -160,6 +162,7 @@ def solve(
         large: Sizes of the larger neighbour.
         tolerance: Largest relative error of the count.
         multiples: Multiple → price; see :data:`MULTIPLES`.
+        accept: Leaves out sizes for which it is False.
 
     Cost: at most a few tens of milliseconds; integers only.
 
@@ -187,7 +190,7 @@ def solve(
             error = abs(count - target) / target
             if nearest_count is None or abs(count - target) < abs(nearest_count[0] - target):
                 nearest_count = (count, sizes)
-            if error > tolerance:
+            if error > tolerance or not accept(sizes):
                 continue
             deviation = max(abs(sizes[a] - ideal[a]) / (large[a] - small[a]) for a in small if small[a] != large[a])
             score = (max(0.0, error - _GOAL), deviation + price, sizes)
@@ -202,6 +205,19 @@ def solve(
     )
 
 
+def gap_free(axis_map: AxisMap, small: Sizes, large: Sizes, tolerance: float = 0.01) -> bool:
+    """Whether every parameter count between two neighbours can be had within the tolerance.
+
+    A layer is the coarsest step there is. With one layer less and everything else at the large end a model must not
+    be smaller than with that layer and everything else at the small end, or sizes in between are out of reach.
+    """
+    return all(
+        count_parameters(axis_map, {**small, "layers": layers + 1}) * (1 - tolerance)
+        <= count_parameters(axis_map, {**large, "layers": layers}) * (1 + tolerance)
+        for layers in range(small["layers"], large["layers"])
+    )
+
+
 def ladder(
     axis_map: AxisMap,
     large: Sizes,
@@ -211,7 +227,8 @@ def ladder(
 ) -> dict[str, int]:
     """Returns the sizes of the next smaller anchor: ``target`` parameters, taken from ``large`` in a stated order.
 
-    The waypoints are walked until the target lies between two of them; :func:`solve` finds the shape there.
+    The waypoints are walked until the target lies between two of them; :func:`solve` finds the shape there, among
+    those from which every size up to ``large`` can be had (:func:`gap_free`).
 
     Raises:
         SizeError: ``target`` is not below ``large``, or below the last waypoint.
@@ -225,11 +242,15 @@ def ladder(
     for waypoint in waypoints:
         lower = _shrink(axis_map, large, upper, waypoint)
         if lower != upper and count_parameters(axis_map, lower) <= target:
+
+            def accept(sizes: Sizes) -> bool:
+                return gap_free(axis_map, sizes, large, tolerance)
+
             try:
-                return solve(axis_map, target, lower, upper, tolerance)
+                return solve(axis_map, target, lower, upper, tolerance, accept=accept)
             except SizeError:  # steps of the coarse axes too wide here: give the fine axis more room
-                room = {**lower, "ffn": max(1, lower["ffn"] // 2)}, {**upper, "ffn": large["ffn"]}
-                return solve(axis_map, target, *room, tolerance)
+                room = {**lower, "ffn": max(1, lower["ffn"] // 2)}, {**upper, "layers": large["layers"]}
+                return solve(axis_map, target, *room, tolerance, accept=accept)
         upper = lower
     raise SizeError(
         f"{format_count(target)} parameters is too far below {format_count(count_parameters(axis_map, large))} for "

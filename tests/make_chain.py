@@ -138,7 +138,13 @@ def make_chain(
             stored = model.state_dict()
             state = {
                 op.name: make_tensor(
-                    op, axis_map, maps[name], (previous, stored.__getitem__), (target, {}.__getitem__), target, dtype
+                    op,
+                    axis_map,
+                    maps[name],
+                    (previous, stored.__getitem__),
+                    (target, stored.__getitem__),
+                    target,
+                    dtype,
                 )
                 for op in plan.operations
             }
@@ -152,14 +158,14 @@ def make_chain(
                 subfolder=f"anchors/{name}",
                 shape=axis_map.config_fields(target),
                 num_parameters=count_parameters(axis_map, target),
-                dtype=str(dtype).removeprefix("torch."),
+                dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
                 parent=anchors[-1].name if anchors else None,
                 layer_order=maps[name].layers.tolist() if i else None,
                 files={"config.json": file_entry(folder / "anchors" / name / "config.json")},
                 **(claims if i else {}),
             )
         )
-        previous = target
+        previous = dict(target)
     if any(m.orders or m.energy for m in maps.values()):
         save_index_maps(maps, folder / INDEX_MAPS_NAME)
     manifest = Manifest(
@@ -184,7 +190,7 @@ def refresh(folder: Path) -> None:
         place = folder / anchor["subfolder"]
         anchor["files"] = {p.name: file_entry(p).model_dump() for p in sorted(place.iterdir())}
         digests[anchor["name"]] = {
-            key: checksum(value.contiguous().view(torch.uint8).numpy())
+            key: checksum(value.contiguous().view(torch.uint8).numpy().data)
             for file in sorted(place.glob("*.safetensors"))
             for key, value in load_file(file).items()
         }

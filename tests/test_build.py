@@ -210,7 +210,7 @@ def test_cuts_anchors_out_of_a_model_without_data(variant: str, tmp_path: Path) 
     assert [a.evaluation for a in manifest.anchors] == [None, None]
     whole = load_plain(tmp_path / "chain" / "anchors" / "whole")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), source.parameters(), strict=True))
-    assert torch.equal(logits(whole), logits(source))
+    torch.testing.assert_close(logits(whole), logits(source))  # another attention kernel
     entry = manifest.anchors[1]
     small = load_plain(tmp_path / "chain" / entry.subfolder)
     assert small.num_parameters() == entry.num_parameters < source.num_parameters()
@@ -322,7 +322,7 @@ def test_a_source_that_cannot_be_loaded_is_named(model: str, tmp_path: Path) -> 
 
 def test_a_tokenizer_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RecipeError, match="empty.*holds no tokenizer"):
+    with pytest.raises(RecipeError, match=r"empty.*holds no tokenizer"):
         build_chain(tiny_recipe(tokenizer=str(tmp_path / "empty")), tmp_path / "chain")
 
 

@@ -282,4 +282,4 @@ def test_a_shape_without_a_field_is_refused(tmp_path: Path, field: str) -> None:
     for value in (None, 1, 5):
         shape = {k: v for k, v in data["anchors"][0]["shape"].items() if k != field}
         shape |= {} if value is None else {field: value}
-        assert "at the manifest: Value error, anchor 'a" in refusal(tmp_path, with_value(data, "anchors.0.shape", shape))
+        assert "Value error, anchor 'a" in refusal(tmp_path, with_value(data, "anchors.0.shape", shape))

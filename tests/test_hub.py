@@ -61,9 +61,7 @@ def test_a_folder_that_is_not_there(place: str) -> None:
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "place", ["own er/name", "-owner/name", "owner/na--me", "a/name.git", "ow\\ner", "x" * 97]
-)
+@pytest.mark.parametrize("place", ["own er/name", "-owner/name", "owner/na--me", "a/name.git", "ow\\ner", "x" * 97])
 def test_a_malformed_repository_id(place: str, tmp_path: Path) -> None:
     with pytest.raises(ChainNotFoundError) as caught:
         from_chain(place, "1M", cache_dir=str(tmp_path), local_files_only=True)
@@ -143,7 +141,5 @@ def test_anchors_in_repositories_of_their_own(tmp_path: Path, chain: Path) -> No
     edit_manifest(tmp_path / "top", "anchors", 0, "revision", value=COMMIT)
     cache(tmp_path / "hub", "owner/moved", COMMIT, tmp_path / "top")
     opened = Chain.from_pretrained("owner/moved", cache_dir=str(tmp_path / "hub"), local_files_only=True)
-    with pytest.raises(
-        ChainNotFoundError, match=f"owner/a0 at revision '{COMMIT}' is not in the cache"
-    ):
+    with pytest.raises(ChainNotFoundError, match=f"owner/a0 at revision '{COMMIT}' is not in the cache"):
         opened.initialize(opened.plan("100k"), progress=False)

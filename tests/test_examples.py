@@ -1,0 +1,53 @@
+"""The quickstart, run as a user runs it, on a recipe of seconds."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from tiny_recipe import tiny_recipe
+
+from cbd_hub.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_quickstart_ends_with_a_table_a_picture_and_figures(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    source = tiny_recipe()["source"]
+    source["train"]["config"]["intermediate_size"] = 240  # wide steps, so that every size in between can be had
+    recipe.write_text(yaml.safe_dump(tiny_recipe(source=source, anchors=[0.8, 0.8]), sort_keys=False))
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "quickstart.py", "--recipe", recipe, "--output", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "quickstart.json").read_text())
+    assert len(report["targets"]) == 3
+    for row in report["targets"]:
+        assert row.keys() == {"num_parameters", "interpolate", "prune", "paper", "random init", "small anchor"}
+        assert all(math.isfinite(value) for value in row.values())
+        assert f"{row['interpolate']:.3f}" in done.stdout
+        assert row["interpolate"] < row["random init"]
+    assert report["bit_for_bit"] is True
+    assert "bit for bit: True" in done.stdout
+    assert "Held-out loss in nats a token" in done.stdout
+    assert "The Congress of the United States" in done.stdout
+    assert (tmp_path / "out" / "size_loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "chain" / "chain.json").is_file()
+
+
+def test_the_recipes_that_are_shipped_can_be_read() -> None:
+    paths = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        recipe, base = load_recipe(path)
+        assert base == path.parent
+        assert recipe.data is not None and recipe.data.text_files is not None
+        assert list(base.glob(str(recipe.data.text_files)))

@@ -1,0 +1,81 @@
+"""A made model on disk: whole or not at all, and an ordinary model folder."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from make_chain import make_chain, variant_model
+from tiny_recipe import built_chain
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cbd_hub.assemble import Chain
+from cbd_hub.errors import IntegrityError, OutputExistsError, SizeError
+from cbd_hub.export import write_model
+
+
+def test_writes_a_folder_that_equals_the_model_in_memory(tmp_path: Path) -> None:
+    chain = Chain.from_pretrained(built_chain())
+    plan = chain.plan(chain.manifest.curve[0].num_parameters)
+    write_model(chain, plan, tmp_path / "deep" / "model", progress=False)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "model", output_loading_info=True)
+    assert not any(info.values())
+    made = chain.initialize(plan, progress=False)
+    assert made.state_dict().keys() == loaded.state_dict().keys()
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in made.state_dict().items())
+    assert loaded.num_parameters() == plan.num_parameters
+    assert loaded.config.cbd_hub["anchors"] == [plan.small, plan.large]
+    assert loaded.generation_config.eos_token_id == made.generation_config.eos_token_id == 0
+    text = "The Congress of the United States"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "deep" / "model")
+    assert tokenizer(text)["input_ids"] == chain.tokenizer(text)["input_ids"]
+    card = (tmp_path / "deep" / "model" / "README.md").read_text()
+    assert "tiny" in card and f"{plan.num_parameters:,}" in card
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_chain_without_a_tokenizer_gives_a_folder_without_one(tmp_path: Path) -> None:
+    chain = Chain.from_pretrained(make_chain(tmp_path / "chain", variant_model("gpt_neox")))
+    write_model(chain, chain.plan(chain.anchors[1].num_parameters), tmp_path / "model", progress=False)
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+
+
+@pytest.mark.parametrize("place", [".", "./", "new/.."])
+def test_the_current_folder_can_be_named(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = Chain.from_pretrained(built_chain())
+    (tmp_path / "here" / ("new" if place == "new/.." else "")).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    plan = chain.plan(chain.anchors[1].num_parameters)
+    if place == "new/..":  # holds `new`
+        with pytest.raises(OutputExistsError):
+            write_model(chain, plan, place, progress=False)
+    else:
+        write_model(chain, plan, place, progress=False)
+        assert (tmp_path / "here" / "model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    chain = Chain.from_pretrained(built_chain())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="not empty"):
+        write_model(chain, chain.plan(chain.anchors[1].num_parameters), tmp_path / "out")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "notes.txt"]
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    shutil.copytree(built_chain(), tmp_path / "chain")
+    chain = Chain.from_pretrained(tmp_path / "chain")
+    plan = chain.plan(chain.manifest.curve[0].num_parameters)
+    with pytest.raises(SizeError, match="int8"):
+        write_model(chain, plan, tmp_path / "out", dtype="int8", progress=False)
+    (tmp_path / "chain" / "tokenizer.json").write_text("{}")  # noticed only after the weights were written
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json"):
+        write_model(chain, plan, tmp_path / "out", progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["chain"]

@@ -1,0 +1,120 @@
+"""What a build is made from: the same ingredients every time, and none that are made up."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_config, tiny_model
+from tiny_recipe import TEXT, built_chain, tiny_recipe
+from transformers import AutoTokenizer
+
+from cbd_hub.errors import RecipeError, UnknownArchitectureError
+from cbd_hub.ingredients import Ingredients
+from cbd_hub.recipe import load_recipe
+
+
+def made(**changes: Any) -> Ingredients:
+    return Ingredients(*load_recipe(tiny_recipe(**changes)))
+
+
+def of_model(folder: Path, **changes: Any) -> Ingredients:
+    recipe = {"name": "x", "source": {"model": str(folder)}, "anchors": [0.5], "distillation": {"tokens": 0}}
+    return Ingredients(*load_recipe({**recipe, **changes}))
+
+
+def test_splits_share_no_text_and_repeat() -> None:
+    one, two = made(), made()
+    rows = {name: set(getattr(one.splits, name)["text"]) for name in ("train", "validation", "test")}
+    assert not rows["train"] & rows["validation"] and not rows["train"] & rows["test"]
+    assert not rows["validation"] & rows["test"]
+    assert one.tokenizer is not None and two.tokenizer is not None and one.text is not None and two.text is not None
+    assert one.tokenizer.get_vocab() == two.tokenizer.get_vocab()
+    assert len(one.tokenizer) <= 300
+    assert one.text.train["input_ids"] == two.text.train["input_ids"]
+
+
+def test_calibration_is_the_beginning_of_the_validation_text() -> None:
+    ingredients = made(calibration_tokens=70)
+    blocks = ingredients.calibration()
+    assert blocks is not None and ingredients.text is not None
+    assert (blocks.shape, blocks.dtype) == ((2, 32), torch.int64)
+    assert blocks.tolist() == ingredients.text.validation["input_ids"][:2]
+    few = made(calibration_tokens=1).calibration()
+    assert few is not None and few.shape == (1, 32)
+    assert made(calibration_tokens=0).calibration() is None
+
+
+def test_without_data_there_is_neither_text_nor_calibration(tmp_path: Path) -> None:
+    ingredients = of_model(tmp_path)
+    assert ingredients.text is None
+    assert ingredients.calibration() is None
+    with pytest.raises(RecipeError, match="no `data`"):
+        _ = ingredients.splits
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gpt_neox"])
+def test_no_tokenizer_is_made_up_for_a_bare_model(family: str, tmp_path: Path) -> None:
+    tiny_model(tiny_config(family)).save_pretrained(tmp_path)
+    assert of_model(tmp_path).tokenizer is None
+    with pytest.raises(RecipeError, match="no `tokenizer`"):
+        _ = of_model(tmp_path, data=tiny_recipe()["data"]).text
+
+
+def test_the_tokenizer_of_the_source_or_of_a_folder_beside_the_recipe(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(built_chain())
+    tokenizer.save_pretrained(tmp_path / "source")
+    found = of_model(tmp_path / "source").tokenizer
+    assert found is not None and found.get_vocab() == tokenizer.get_vocab()
+    recipe, _ = load_recipe(tiny_recipe(tokenizer="source"))
+    beside = Ingredients(recipe, tmp_path).tokenizer
+    assert beside is not None and beside.get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(RecipeError, match=r"cannot be loaded"):
+        _ = of_model(tmp_path).tokenizer
+
+
+def test_text_is_found_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text((TEXT.parents[1] / "recipes" / "quickstart.yaml").read_text())
+    (tmp_path.parent / "data").mkdir(exist_ok=True)
+    (tmp_path.parent / "data" / "sotu").symlink_to(TEXT)
+    try:
+        assert len(Ingredients(*load_recipe(tmp_path / "recipe.yaml")).splits.train) > 50
+    finally:
+        (tmp_path.parent / "data" / "sotu").unlink()
+
+
+def test_the_source_is_loaded_in_float32_and_trained_ones_repeat(tmp_path: Path) -> None:
+    tiny_model(tiny_config("llama"), torch.bfloat16).save_pretrained(tmp_path / "source")
+    model, training = of_model(tmp_path / "source").source(tmp_path / "work", progress=False)
+    assert (model.dtype, training, model.training) == (torch.float32, None, False)
+    recipe = tiny_recipe()
+    recipe["source"]["train"]["training"]["tokens"] = 512
+    states = []
+    for name in ("one", "two"):
+        trained, record = made(source=recipe["source"]).source(tmp_path / name, progress=False)
+        assert record is not None and record.tokens == 512
+        assert trained.config.vocab_size <= 300 and trained.config.eos_token_id == 0
+        states.append(trained.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize(
+    ("train", "error", "match"),
+    [
+        ({"architecture": "lama"}, RecipeError, "no lama config"),
+        ({"architecture": "bloom", "config": {"hidden_size": 32, "n_head": 4}}, UnknownArchitectureError, "axis_map"),
+        ({"config": {"hidden_size": 32, "num_attention_heads": 5}}, RecipeError, "not a multiple"),
+        ({"config": {"hidden_size": "wide"}}, RecipeError, "hidden_size"),
+        ({"config": {"hiden_size": 32, "num_hidden_layers": 1}}, ValueError, "hiden_size"),
+    ],
+)
+def test_a_source_that_cannot_be_trained_is_refused_first(
+    train: Any, error: type[Exception], match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=match):
+        made(source={"train": train}).source(tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
