@@ -18,7 +18,7 @@ from cbd_hub.checkpoints import DTYPES
 from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
 from cbd_hub.plan import Plan, TensorOp
 from cbd_hub.sizing import Sizes
-from cbd_hub.tensors import blend, expand, rescale, take
+from cbd_hub.tensors import blend, expand, rescale, take, weigh_unshared
 
 __all__ = ["Read", "build_model", "make_tensor", "parse_dtype", "require_empty", "target_config"]
 
@@ -69,12 +69,16 @@ def make_tensor(
         else:
             work = dtype if base.dtype == addition.dtype == dtype else torch.float32
             base = base.to(work).clone(memory_format=torch.contiguous_format)
+            if op.own_weight != 1.0 and base.dim() == 2:
+                base = weigh_unshared(base, op.own_weight, layout, small[0], target)
             if op.masked:
                 base = blend(base, addition, op.alpha, layout, small[0], target)
             else:
                 zero_filled = expand(addition, layout, small[0], target)
                 base = blend(base, zero_filled, op.alpha, layout, target, target)
-    elif base is not None and not op.masked and op.alpha:  # the paper's rule for a block without a partner
+    elif base is not None and op.masked:
+        base = rescale(base, op.own_weight, offset)
+    elif base is not None and op.alpha:  # the paper's rule for a block without a partner
         base = rescale(base, 1 - op.alpha)
     if base is None:
         return torch.zeros(op.shape, dtype=dtype)

@@ -46,6 +46,8 @@ class TensorOp:
     """Weight of the small anchor where both contribute."""
     masked: bool = True
     """Whether units that only the large anchor has keep full weight (False: the paper's zero filling)."""
+    own_weight: float = 1.0
+    """Weight with which units that only the large anchor has write into the residual stream."""
     large_scale: float = 1.0
     small_scale: float = 1.0
     mean_axis: str | None = None
@@ -54,7 +56,7 @@ class TensorOp:
     @property
     def kind(self) -> str:
         """What is done, in a word or two."""
-        if self.large and not self.small and self.alpha and not self.masked:
+        if self.large and not self.small and (self.own_weight != 1 or (self.alpha and not self.masked)):
             return f"{1 - self.alpha:.3g} large"
         if self.large and self.small:
             return f"{self.alpha:.3g} small + {1 - self.alpha:.3g} large"
@@ -328,12 +330,27 @@ def _operations(
                 layer=large_layer,
                 alpha=weight,
                 masked=not plain,
+                own_weight=_own_weight(axis_map, pattern, has_partner, method, weight),
                 large_scale=1.0 if plain else _large_scale(axis_map, pattern, large_layer, large, target, index_map),
                 small_scale=1.0 if plain else _small_scale(axis_map, pattern, small, target),
                 mean_axis="hidden" if method == "expand" and _mean_filled(axis_map, pattern) else None,
             )
         )
     return tuple(operations)
+
+
+def _own_weight(axis_map: AxisMap, pattern: str, has_partner: bool, method: str, alpha: float) -> float:
+    """1 - alpha for what writes the stream: at alpha = 1 the small anchor is expanded exactly, at 0 all is the large one.
+
+    Where a norm follows a block's output (OLMo 2, Gemma 3), it undoes any factor on the whole block, so its gain takes
+    the factor instead.
+    """
+    if method != "interpolate":
+        return 1.0
+    after = pattern in axis_map.norms and "hidden" in axis_map.layout(pattern).axes and not axis_map.norms[pattern]
+    if "*" in pattern and (axis_map.writes(pattern) or (after and not has_partner)):
+        return 1 - alpha
+    return 1.0
 
 
 def _before(partner: Mapping[int, int], large_layer: int | None) -> str:

@@ -13,7 +13,7 @@ import torch
 from cbd_hub.axes import Indices, Layout
 from cbd_hub.sizing import Sizes
 
-__all__ = ["blend", "expand", "rescale", "take"]
+__all__ = ["blend", "expand", "rescale", "take", "weigh_unshared"]
 
 _CHUNK = 1 << 22
 """Elements that are blended at a time (16 MiB in float32), so that temporaries stay small beside the tensors."""
@@ -99,6 +99,29 @@ def blend(
         where = _grid(region, start, stop)
         mixed = alpha * _wide(small[start:stop]) + (1 - alpha) * _wide(large[where])
         large[where] = mixed.to(large.dtype)
+    return large
+
+
+def weigh_unshared(
+    large: torch.Tensor, weight: float, layout: Layout, small_sizes: Sizes, target: Sizes
+) -> torch.Tensor:
+    """Multiplies what the units that only the large anchor has write into the residual stream.
+
+    Args:
+        large: A matrix between some units and the stream, in target shape; overwritten and returned.
+        weight: Factor for the units that the small anchor lacks.
+        layout: Its layout; one dimension is ``hidden``, the other the units.
+        small_sizes: Sizes of the small anchor.
+        target: Sizes of the target.
+    """
+    for dim, parts in enumerate(layout.dims):
+        if parts != (("hidden",),):
+            shared = _region(layout, small_sizes, target)[dim]
+            own = torch.ones(large.shape[dim], dtype=torch.bool)
+            own[shared] = False
+            if own.any():
+                where = (slice(None),) * dim + (own.nonzero().squeeze(1),)
+                large[where] = (large[where].float() * weight).to(large.dtype)
     return large
 
 
