@@ -340,7 +340,7 @@ def _operations(
 
 
 def _own_weight(axis_map: AxisMap, pattern: str, has_partner: bool, method: str, alpha: float) -> float:
-    """1 - alpha for what writes the stream: at alpha = 1 the small anchor is expanded exactly, at 0 all is the large one.
+    """1 - alpha for what writes the stream, so that alpha = 1 expands the small anchor and 0 is the large one alone.
 
     Where a norm follows a block's output (OLMo 2, Gemma 3), it undoes any factor on the whole block, so its gain takes
     the factor instead.

@@ -25,10 +25,10 @@ def main(recipe: Path, output: Path) -> None:
     """Builds the chain of a recipe, makes three models between its anchors, prints and plots how good they are."""
     chain = build_chain(recipe, output / "chain")
     test = Ingredients(*load_recipe(recipe)).text.test
-    small, large = chain.anchors[-1], chain.anchors[0]
+    counts = [anchor.num_parameters for anchor in chain.anchors]
     rows, ways = [], ("interpolate", "prune", "paper")
-    for position in (0.25, 0.5, 0.8):
-        size = round(small.num_parameters + position * (large.num_parameters - small.num_parameters))
+    for pair, position in ((1, 0.5), (0, 0.4), (0, 0.75)):
+        size = round(counts[pair + 1] + position * (counts[pair] - counts[pair + 1]))
         plans = {way: chain.plan(size, method=way) for way in ways}
         models = {way: chain.initialize(plan, progress=False) for way, plan in plans.items()}
         torch.manual_seed(0)
