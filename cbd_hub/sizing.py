@@ -47,6 +47,7 @@ enough to meet a count. Measured on SmolLM2-135M: per parameter removed,
 ffn units cost the least loss, width and depth about twice as much, heads the most (docs/design-notes.md)."""
 
 _GOAL = 0.002
+_AWKWARD = 0.3
 _MOST = 10**15
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
@@ -146,14 +147,15 @@ def solve(
     large: Sizes,
     tolerance: float = 0.01,
     multiples: Mapping[int, float] = MULTIPLES,
+    shallow: bool = True,
     accept: Callable[[Sizes], bool] = lambda sizes: True,
 ) -> dict[str, int]:
     """Returns the sizes between two neighbours that have ``target`` parameters.
 
-    Every axis in which the neighbours differ is moved along the straight line between them, as far as whole layers,
-    whole KV groups and hardware-friendly multiples allow; the finest axis then meets the count. Among the shapes
-    within 0.2 % of the target the one nearest to the line wins; if there is none, the nearest count within
-    ``tolerance``.
+    Every axis in which the neighbours differ is moved along the straight line between them, as far as whole KV groups
+    and hardware-friendly multiples allow; layers are added last, when the other axes cannot carry the count
+    (``shallow``), or along the line as well. The finest axis then meets the count. Shapes within 0.2 % of the target
+    come first; if there is none, the nearest count within ``tolerance``.
 
     Args:
         axis_map: The resolved map of the family.
@@ -162,6 +164,8 @@ def solve(
         large: Sizes of the larger neighbour.
         tolerance: Largest relative error of the count.
         multiples: Multiple → price; see :data:`MULTIPLES`.
+        shallow: Prefer the fewest layers. Right for interpolated models, where a layer that only the large anchor has
+            disturbs more than ffn units that only it has (measured: docs/design-notes.md).
         accept: Leaves out sizes for which it is False.
 
     Cost: at most a few tens of milliseconds; integers only.
@@ -181,23 +185,35 @@ def solve(
         )
     t = _ideal(axis_map, target, small, large)
     ideal = {a: small[a] + t * (large[a] - small[a]) for a in small}
-    best: tuple[float, float, dict[str, int]] | None = None
+    along_line = [a for a in small if small[a] != large[a] and not (shallow and a in ("layers", "ffn"))]
+    fewest = next(
+        n
+        for n in range(small["layers"], large["layers"] + 1)
+        if count_parameters(axis_map, {**large, "layers": n}) >= target
+    )
+    best: tuple[tuple[float, bool, int, float], dict[str, int]] | None = None
     nearest_count: tuple[int, dict[str, int]] | None = None
     for multiple, price in sorted(multiples.items(), key=lambda item: item[1]):
-        if best is not None and best[0] == 0 and best[1] <= price:
-            break  # a finer multiple cannot do better
+        if best is not None:
+            excess, _, layers, cost = best[0]
+            if excess == 0 and layers <= (fewest if shallow else 0) and cost <= price:
+                break  # a finer multiple cannot do better
         for count, sizes in _candidates(axis_map, target, small, large, ideal, multiple):
+            try:
+                axis_map.check_sizes(sizes)
+            except AxisMapError:
+                continue
             error = abs(count - target) / target
             if nearest_count is None or abs(count - target) < abs(nearest_count[0] - target):
                 nearest_count = (count, sizes)
             if error > tolerance or not accept(sizes):
                 continue
-            deviation = max(abs(sizes[a] - ideal[a]) / (large[a] - small[a]) for a in small if small[a] != large[a])
-            score = (max(0.0, error - _GOAL), deviation + price, sizes)
-            if best is None or score[:2] < best[:2]:
-                best = score
+            deviation = max((abs(sizes[a] - ideal[a]) / (large[a] - small[a]) for a in along_line), default=0.0)
+            score = (max(0.0, error - _GOAL), price >= _AWKWARD, sizes["layers"] if shallow else 0, deviation + price)
+            if best is None or score < best[0]:
+                best = (score, sizes)
     if best is not None:
-        return best[2]
+        return best[1]
     near = f"; the nearest size is {nearest_count[0]} parameters" if nearest_count else ""
     raise SizeError(
         f"no shape between {format_count(low)} and {format_count(high)} has {target} parameters within "
@@ -247,10 +263,10 @@ def ladder(
                 return gap_free(axis_map, sizes, large, tolerance)
 
             try:
-                return solve(axis_map, target, lower, upper, tolerance, accept=accept)
+                return solve(axis_map, target, lower, upper, tolerance, shallow=False, accept=accept)
             except SizeError:  # steps of the coarse axes too wide here: give the fine axis more room
                 room = {**lower, "ffn": max(1, lower["ffn"] // 2)}, {**upper, "layers": large["layers"]}
-                return solve(axis_map, target, *room, tolerance, accept=accept)
+                return solve(axis_map, target, *room, tolerance, shallow=False, accept=accept)
         upper = lower
     raise SizeError(
         f"{format_count(target)} parameters is too far below {format_count(count_parameters(axis_map, large))} for "

@@ -436,6 +436,14 @@ def test_origin_is_told(chain_of: Callable[..., Path]) -> None:
     ]
 
 
+@pytest.mark.parametrize("variant", ["gpt_neox", "gpt2", "opt", "llama-tied"])
+def test_keys_are_those_of_published_checkpoints(chain_of: Callable[..., Path], tmp_path: Path, variant: str) -> None:
+    from_chain(chain_of(variant), middle_size(chain_of(variant), 1)).save_pretrained(tmp_path)
+    keys = set(load_file(tmp_path / "model.safetensors"))
+    assert keys == set(load_file(weights(chain_of(variant), "a1")))
+    assert ("embed_out.weight" in keys) == (variant == "gpt_neox")
+
+
 def test_no_remote_code_survives(llama: Path) -> None:
     for anchor in ("a0", "a1"):
         path = llama / "anchors" / anchor / "config.json"

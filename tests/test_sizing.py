@@ -184,6 +184,19 @@ def test_targets_are_met(family: str) -> None:
     assert median(errors) <= 0.002
 
 
+def test_shapes_follow_the_line_between_the_neighbours() -> None:
+    """Every axis moves along: none stays at an end while another goes all the way."""
+    axis_map, large = published("llama")
+    small = {**large, "layers": 20, "ffn": 768}
+    low, high = count_parameters(axis_map, small), count_parameters(axis_map, large)
+    for share in (0.2, 0.4, 0.6, 0.8):
+        sizes = solve(axis_map, round(low + share * (high - low)), small, large)
+        moved = [(sizes[a] - small[a]) / (large[a] - small[a]) for a in ("layers", "ffn")]
+        assert max(moved) - min(moved) < 0.15
+        assert min(moved) < share + 0.15
+        assert max(moved) > share - 0.05
+
+
 @each_family
 def test_the_two_neighbours_are_their_own_solutions(family: str) -> None:
     axis_map, _ = published(family)
