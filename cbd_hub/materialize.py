@@ -16,7 +16,8 @@ from cbd_hub.axis_map import AxisMap
 from cbd_hub.chain import IndexMap
 from cbd_hub.checkpoints import DTYPES
 from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
-from cbd_hub.plan import Plan, TensorOp
+from cbd_hub.operations import TensorOp
+from cbd_hub.plan import Plan
 from cbd_hub.sizing import Sizes
 from cbd_hub.tensors import blend, expand, rescale, take, weigh_unshared
 

@@ -7,7 +7,6 @@ count, alpha, bytes to read, expected loss. Printing it is the dry run; :mod:`cb
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,10 @@ import numpy as np
 from cbd_hub.axis_map import AxisMap
 from cbd_hub.chain import Anchor, IndexMap, Manifest
 from cbd_hub.errors import AxisMapError, SizeError, did_you_mean
+from cbd_hub.operations import TensorOp, list_operations
 from cbd_hub.sizing import Sizes, count_parameters, format_count, parse_count, solve
 
-__all__ = ["METHODS", "Plan", "TensorOp", "make_plan", "plan_subset"]
+__all__ = ["METHODS", "Plan", "make_plan", "plan_subset"]
 
 METHODS = ("auto", "interpolate", "paper", "expand", "prune")
 """What ``method=`` accepts."""
@@ -27,40 +27,6 @@ EXPAND_BELOW = 0.45
 
 _SNAP = 0.001
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class TensorOp:
-    """How one tensor of the target is made."""
-
-    name: str
-    pattern: str
-    shape: tuple[int, ...]
-    large: str | None
-    """Parameter of the large anchor to take a subset of, or None."""
-    small: str | None
-    """Parameter of the small anchor to place, or None. Neither: zeros."""
-    layer: int | None = None
-    """Layer of the large anchor whose unit orders apply."""
-    alpha: float = 0.0
-    """Weight of the small anchor where both contribute."""
-    masked: bool = True
-    """Whether units that only the large anchor has keep full weight (False: the paper's zero filling)."""
-    own_weight: float = 1.0
-    """Weight with which units that only the large anchor has write into the residual stream."""
-    large_scale: float = 1.0
-    small_scale: float = 1.0
-    mean_axis: str | None = None
-    """Axis on which new units of an expanded tensor get the mean instead of zero."""
-
-    @property
-    def kind(self) -> str:
-        """What is done, in a word or two."""
-        if self.large and not self.small and (self.own_weight != 1 or (self.alpha and not self.masked)):
-            return f"{1 - self.alpha:.3g} large"
-        if self.large and self.small:
-            return f"{self.alpha:.3g} small + {1 - self.alpha:.3g} large"
-        return "large" if self.large else "small" if self.small else "zeros"
 
 
 @dataclass(frozen=True)
@@ -200,9 +166,11 @@ def make_plan(
         )
     else:
         index_map = index_maps[small.name]
-        operations = _operations(
-            axis_map, manifest.sizes(small), manifest.sizes(large), sizes, index_map, chosen, weight
-        )
+        # A trained anchor makes up for the units it lacks; at full weight their work would be done twice.
+        made_up_for = chosen == "interpolate" and (small.training is None or small.training.tokens > 0)
+        own_weight = 1 - weight if made_up_for else 1.0
+        pair = manifest.sizes(small), manifest.sizes(large)
+        operations = list_operations(axis_map, *pair, sizes, index_map, chosen, weight, own_weight)
     return Plan(
         shape=axis_map.config_fields(sizes),
         num_parameters=count,
@@ -235,7 +203,7 @@ def plan_subset(axis_map: AxisMap, large: Sizes, target: Sizes, index_map: Index
         small="",
         large="",
         position=1.0,
-        operations=_operations(axis_map, target, large, target, index_map, "prune", 0.0),
+        operations=list_operations(axis_map, target, large, target, index_map, "prune", 0.0),
         bytes_to_read=0,
         expected_loss=None,
         sizes=target,
@@ -294,104 +262,6 @@ def _pair_for_shape(
         f"{f} {manifest.anchors[-1].shape[f]} to {manifest.anchors[0].shape[f]}" for f in axis_map.fields
     )
     raise SizeError(f"shape {dict(shape)} lies between no two adjacent anchors; the chain covers {ranges}")
-
-
-def _operations(
-    axis_map: AxisMap, small: Sizes, large: Sizes, target: Sizes, index_map: IndexMap, method: str, alpha: float
-) -> tuple[TensorOp, ...]:
-    """One operation a tensor. Which blocks correspond follows from the pair's order of layers."""
-    large_layers = sorted(int(i) for i in index_map.layers[: target["layers"]])
-    partner = {int(i): j for j, i in enumerate(index_map.layers[: small["layers"]])}
-    operations = []
-    for name, pattern, layer in axis_map.names(target):
-        layout = axis_map.layout(pattern)
-        large_layer = None if layer is None else large_layers[layer]
-        small_layer = None if large_layer is None else partner.get(large_layer)
-        from_large: str | None = pattern.replace("*", str(large_layer))
-        has_partner = layer is None or small_layer is not None
-        from_small: str | None = pattern.replace("*", str(small_layer)) if has_partner else None
-        weight = alpha
-        if method == "prune" or (alpha == 0 and method != "expand"):
-            from_small, weight = None, 0.0
-        elif method == "expand":
-            from_large = None
-            if not has_partner:
-                from_small = None if axis_map.writes(pattern) else pattern.replace("*", _before(partner, large_layer))
-        elif alpha == 1 and from_small and (method == "paper" or layout.shape(small) == layout.shape(target)):
-            from_large = None
-        plain = method == "paper"
-        operations.append(
-            TensorOp(
-                name,
-                pattern,
-                layout.shape(target),
-                from_large,
-                from_small,
-                layer=large_layer,
-                alpha=weight,
-                masked=not plain,
-                own_weight=_own_weight(axis_map, pattern, has_partner, method, weight),
-                large_scale=1.0 if plain else _large_scale(axis_map, pattern, large_layer, large, target, index_map),
-                small_scale=1.0 if plain else _small_scale(axis_map, pattern, small, target),
-                mean_axis="hidden" if method == "expand" and _mean_filled(axis_map, pattern) else None,
-            )
-        )
-    return tuple(operations)
-
-
-def _own_weight(axis_map: AxisMap, pattern: str, has_partner: bool, method: str, alpha: float) -> float:
-    """1 - alpha for what writes the stream, so that alpha = 1 expands the small anchor and 0 is the large one alone.
-
-    Where a norm follows a block's output (OLMo 2, Gemma 3), it undoes any factor on the whole block, so its gain takes
-    the factor instead.
-    """
-    if method != "interpolate":
-        return 1.0
-    after = pattern in axis_map.norms and "hidden" in axis_map.layout(pattern).axes and not axis_map.norms[pattern]
-    if "*" in pattern and (axis_map.writes(pattern) or (after and not has_partner)):
-        return 1 - alpha
-    return 1.0
-
-
-def _before(partner: Mapping[int, int], large_layer: int | None) -> str:
-    """The small layer that a layer without a partner is copied from: the one before it, else the first."""
-    return str(max((j for i, j in partner.items() if i < (large_layer or 0)), default=0))
-
-
-def _mean_filled(axis_map: AxisMap, pattern: str) -> bool:
-    return pattern in axis_map.norms or (axis_map.norm == "layer" and axis_map.writes(pattern))
-
-
-def _stream_scale(axis_map: AxisMap, pattern: str, old: Sizes, new: Sizes) -> float:
-    """What undoes the change of sqrt(hidden) that some families multiply their embedding with (Gemma)."""
-    factor = sqrt(old["hidden"] / new["hidden"])
-    if pattern in axis_map.scaled:
-        return factor
-    if pattern in axis_map.norms and any(reader in axis_map.scaled for reader in axis_map.readers(pattern)):
-        return 1 / factor  # a tied head reads the rescaled embedding
-    return 1.0
-
-
-def _small_scale(axis_map: AxisMap, pattern: str, small: Sizes, target: Sizes) -> float:
-    """Zero padding n units to m shrinks their root mean square by sqrt(n / m); the gain takes that up, exactly."""
-    scale = _stream_scale(axis_map, pattern, small, target)
-    if pattern in axis_map.norms:
-        layout = axis_map.layout(pattern)
-        scale *= sqrt(layout.count(small) / layout.count(target))
-    return scale
-
-
-def _large_scale(
-    axis_map: AxisMap, pattern: str, layer: int | None, large: Sizes, target: Sizes, index_map: IndexMap
-) -> float:
-    """Keeping some hidden units changes their root mean square; the gain takes up the ratio that was measured."""
-    scale = _stream_scale(axis_map, pattern, large, target)
-    energy = index_map.energy.get(pattern)
-    if energy is not None and large["hidden"] != target["hidden"]:
-        kept = index_map.order("hidden", None, large["hidden"])[: target["hidden"]]
-        row = energy if energy.ndim == 1 else energy[layer]
-        scale *= float(np.sqrt(row[kept].mean(dtype=np.float64)))
-    return scale
 
 
 def _bytes(

@@ -259,11 +259,21 @@ def reference(folder: Path, plan: Plan, paper: bool) -> dict[str, np.ndarray]:
 
         value = large[np.ix_(*[[in_large[d][partner(label)] for label in dim] for d, dim in enumerate(wanted)])]
         placed, mask = np.zeros_like(value), np.zeros(value.shape, dtype=bool)
+        if not paper and small is None:  # a block that only the large anchor has writes with weight 1 - alpha
+            if axis_map.writes(pattern):
+                value = value * rest
+            elif axis_map.norms.get(pattern) == () and axis_map.tensors[pattern] == "hidden":
+                offset = np.float32(axis_map.model_type == "gemma3_text")
+                value = (value + offset) * rest - offset
         if small is not None:
             in_small = [{label: i for i, label in enumerate(dim)} for dim in labels(spec, little)]
             here = [[i for i, label in enumerate(dim) if label in in_small[d]] for d, dim in enumerate(wanted)]
             there = [[in_small[d][dim[i]] for i in here[d]] for d, dim in enumerate(wanted)]
             placed[np.ix_(*here)], mask[np.ix_(*here)] = small[np.ix_(*there)], True
+            if not paper and layer is not None and axis_map.writes(pattern) and value.ndim == 2:  # so do its units
+                dim = next(d for d, spec_dim in enumerate(wanted) if spec_dim[0][1][0] != "hidden")
+                own = [i for i in range(value.shape[dim]) if i not in set(here[dim])]
+                value[(slice(None),) * dim + (own,)] *= rest
         mixed = alpha * placed + rest * value
         made[name] = mixed if paper else np.where(mask, mixed, value)
     return made
@@ -356,8 +366,13 @@ def test_expand_preserves_the_function(tmp_path: Path, variant: str) -> None:
 
 @each_variant
 def test_equal_anchors_make_equal_models(tmp_path: Path, variant: str) -> None:
-    """Where the small anchor is a subset of the large one to the bit, alpha is of no matter."""
-    chain = Chain.from_pretrained(make_chain(tmp_path / "c", variant_model(variant), width=False, noise=0.0))
+    """Where the small anchor was only cut out, its units are the large one's to the bit, and alpha is of no matter."""
+    folder = make_chain(tmp_path / "c", variant_model(variant), width=False, noise=0.0)
+    manifest = json.loads((folder / "chain.json").read_text())
+    for entry in manifest["anchors"][1:]:
+        entry["training"] = {"tokens": 0, "seed": 0}
+    (folder / "chain.json").write_text(json.dumps(manifest))
+    chain = Chain.from_pretrained(folder)
     target = middle_size(tmp_path / "c")
     pruned = logits(chain.initialize(chain.plan(target, method="prune"), progress=False))
     for alpha in (0.0, 0.3, 1.0):

@@ -20,6 +20,7 @@ ORDER = [
     "tensors",
     "checkpoints",
     "chain",
+    "operations",
     "plan",
     "materialize",
     "hub",
