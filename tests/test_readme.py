@@ -1,6 +1,7 @@
 """The documentation is true: README's Python runs, its ``make`` targets and ``cbd-hub`` commands exist."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,8 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         }
         used = {option for word in words for option in re.findall(r"--[a-z][a-z-]*", word)}
         assert used <= known | {"--help"}, f"{page.name}: `cbd-hub {name}` has no {sorted(used - known)}"
+
+
+def test_figures_are_those_of_the_committed_run() -> None:
+    script = runpy.run_path(str(ROOT / ".ci" / "readme_table.py"))
+    assert script["table"]() in README.read_text(encoding="utf-8"), "run python .ci/readme_table.py"

@@ -1,0 +1,103 @@
+"""What the interpolation rule and the solver's order of axes are worth, on the quickstart's chain.
+
+Run with ``python benchmarks/rules.py [CHAIN]`` after ``make quickstart``; writes docs/results/rules.json and rules.md.
+Both comparisons are on the validation text, which chose the rules; the quickstart's own table is on text that chose
+nothing.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+from cbd_hub import Chain, Plan
+from cbd_hub.errors import SizeError
+from cbd_hub.evaluation import evaluate_loss
+from cbd_hub.ingredients import Ingredients
+from cbd_hub.recipe import load_recipe
+from cbd_hub.sizing import count_parameters
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+MAX_TOKENS = 16_000
+POSITIONS = [k / 8 for k in range(1, 8)]
+
+
+def main(chain: Chain) -> None:
+    """Measures both rules over every pair of anchors and writes the tables."""
+    text = Ingredients(*load_recipe(ROOT / "examples" / "recipes" / "quickstart.yaml")).text
+    if text is None:
+        raise SystemExit("the quickstart recipe has no text")
+
+    def loss(plan: Plan) -> float:
+        model = chain.initialize(plan, progress=False)
+        return round(evaluate_loss(model, text.validation, max_tokens=MAX_TOKENS).loss, 4)
+
+    weights, layers = [], []
+    anchors = chain.manifest.anchors
+    for large, small in pairwise(anchors):
+        for position in POSITIONS:
+            size = round(small.num_parameters + position * (large.num_parameters - small.num_parameters))
+            row: dict[str, float | str] = {"pair": f"{small.name} / {large.name}", "parameters": size, "r": position}
+            try:
+                plan = chain.plan(size, method="interpolate")
+            except SizeError:
+                continue
+            full = replace(plan, operations=tuple(replace(op, own_weight=1.0) for op in plan.operations))
+            row |= {
+                "weight 1": loss(full),
+                "weight 1 - alpha": loss(plan),
+                "small expanded": loss(chain.plan(size, method="expand")),
+            }
+            weights.append(row | {"pruned": loss(chain.plan(size, method="prune"))})
+            layers.append(
+                {k: row[k] for k in ("pair", "parameters", "r")} | by_layers(chain, small.name, large.name, size, loss)
+            )
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    result = {"tokens": MAX_TOKENS, "seed": 0, "own_weight": weights, "layers": layers}
+    (RESULTS / "rules.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "rules.md").write_text(
+        "# Two rules, measured\n\nWritten by `python benchmarks/rules.py`. Losses in nats a token on "
+        f"{MAX_TOKENS} validation tokens, one seed.\n\n## Weight of units that only the large anchor has\n\n"
+        + table(weights)
+        + "\n## The same size with fewer or more layers\n\n"
+        + table(layers)
+    )
+    print((RESULTS / "rules.md").read_text())
+
+
+def by_layers(
+    chain: Chain, small: str, large: str, size: int, loss: Callable[[Plan], float]
+) -> dict[str, float | str]:
+    """Losses of interpolated models of one size, by number of layers."""
+    sizes = {a.name: chain.manifest.sizes(a) for a in chain.manifest.anchors}
+    axis_map, found = chain.manifest.resolved_axis_map, {}
+    for number in range(sizes[small]["layers"], sizes[large]["layers"] + 1):
+        widths = range(sizes[small]["ffn"], sizes[large]["ffn"] + 1)
+        best = min(
+            widths, key=lambda w: abs(count_parameters(axis_map, {**sizes[large], "layers": number, "ffn": w}) - size)
+        )
+        shape = axis_map.config_fields({**sizes[large], "layers": number, "ffn": best})
+        plan = chain.plan(shape=shape, method="interpolate")
+        near = abs(plan.num_parameters - size) <= 0.005 * size
+        found[f"{number - sizes[small]['layers']} more layers"] = f"{loss(plan)} (ffn {best})" if near else "-"
+    return found
+
+
+def table(rows: list[dict[str, float | str]]) -> str:
+    """A Markdown table."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(str(row.get(name, "-")) for name in names) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("chain", nargs="?", type=Path, default=Path("quickstart-output/chain"))
+    arguments = parser.parse_args()
+    if not (arguments.chain / "chain.json").is_file():
+        raise SystemExit(f"there is no chain in {arguments.chain}; run `make quickstart` first")
+    main(Chain.from_pretrained(arguments.chain))
