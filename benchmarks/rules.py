@@ -45,12 +45,9 @@ def main(chain: Chain) -> None:
                 plan = chain.plan(size, method="interpolate")
             except SizeError:
                 continue
-            full = replace(plan, operations=tuple(replace(op, own_weight=1.0) for op in plan.operations))
-            row |= {
-                "weight 1": loss(full),
-                "weight 1 - alpha": loss(plan),
-                "small expanded": loss(chain.plan(size, method="expand")),
-            }
+            for label, weight in (("weight 1", 1.0), ("1 - alpha", 1 - plan.alpha)):
+                row[label] = loss(weighted(plan, weight))
+            row |= {"1 - alpha^2 (ours)": loss(plan), "small expanded": loss(chain.plan(size, method="expand"))}
             weights.append(row | {"pruned": loss(chain.plan(size, method="prune"))})
             layers.append(
                 {k: row[k] for k in ("pair", "parameters", "r")} | by_layers(chain, small.name, large.name, size, loss)
@@ -66,6 +63,12 @@ def main(chain: Chain) -> None:
         + table(layers)
     )
     print((RESULTS / "rules.md").read_text())
+
+
+def weighted(plan: Plan, weight: float) -> Plan:
+    """The plan with another weight for what units that only the large anchor has write."""
+    operations = (replace(op, own_weight=weight if op.own_weight != 1 else 1.0) for op in plan.operations)
+    return replace(plan, operations=tuple(operations))
 
 
 def by_layers(

@@ -44,8 +44,9 @@ class TensorOp:
     @property
     def kind(self) -> str:
         """What is done, in a word or two."""
-        if self.large and not self.small and (self.own_weight != 1 or (self.alpha and not self.masked)):
-            return f"{1 - self.alpha:.3g} large"
+        if self.large and not self.small:
+            weight = self.own_weight if self.masked else 1 - self.alpha
+            return "large" if weight == 1 else f"{weight:.3g} large"
         if self.large and self.small:
             return f"{self.alpha:.3g} small + {1 - self.alpha:.3g} large"
         return "large" if self.large else "small" if self.small else "zeros"
@@ -71,8 +72,8 @@ def list_operations(
         index_map: Correspondence of the two anchors.
         method: ``interpolate``, ``paper``, ``expand`` or ``prune``.
         alpha: Weight of the small anchor.
-        own_weight: Weight with which units that only the large anchor has write the residual stream. With 1 - alpha,
-            alpha = 1 is the small anchor expanded exactly and alpha = 0 the large one alone.
+        own_weight: Weight with which units that only the large anchor has write the residual stream. With
+            1 - alpha**2, alpha = 1 is the small anchor expanded exactly and alpha = 0 the large one alone.
     """
     large_layers = sorted(int(i) for i in index_map.layers[: target["layers"]])
     partner = {int(i): j for j, i in enumerate(index_map.layers[: small["layers"]])}

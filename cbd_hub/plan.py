@@ -168,7 +168,7 @@ def make_plan(
         index_map = index_maps[small.name]
         # A trained anchor makes up for the units it lacks; at full weight their work would be done twice.
         made_up_for = chosen == "interpolate" and (small.training is None or small.training.tokens > 0)
-        own_weight = 1 - weight if made_up_for else 1.0
+        own_weight = 1 - weight**2 if made_up_for else 1.0
         pair = manifest.sizes(small), manifest.sizes(large)
         operations = list_operations(axis_map, *pair, sizes, index_map, chosen, weight, own_weight)
     return Plan(
