@@ -350,7 +350,8 @@ def from_chain(
     """Makes a model of any size from a chain: no training, no teacher.
 
     The two anchors next to the size are interpolated, ``alpha * small + (1 - alpha) * large`` wherever both have a
-    unit and the large anchor's value elsewhere (Chain-based Distillation, arXiv 2605.07783, with masked averaging).
+    unit, the large anchor's value elsewhere (Chain-based Distillation, arXiv 2605.07783, with masked averaging). What
+    units that only the large anchor has write is weighted ``1 - alpha**2``.
 
     Args:
         chain: A Hub repo id, or a folder that holds ``chain.json``.

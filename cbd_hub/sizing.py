@@ -47,7 +47,6 @@ enough to meet a count. Measured on SmolLM2-135M: per parameter removed,
 ffn units cost the least loss, width and depth about twice as much, heads the most (docs/design-notes.md)."""
 
 _GOAL = 0.002
-_AWKWARD = 0.3
 _MOST = 10**15
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
@@ -191,11 +190,11 @@ def solve(
         for n in range(small["layers"], large["layers"] + 1)
         if count_parameters(axis_map, {**large, "layers": n}) >= target
     )
-    best: tuple[tuple[float, bool, int, float], dict[str, int]] | None = None
+    best: tuple[tuple[float, int, float], dict[str, int]] | None = None
     nearest_count: tuple[int, dict[str, int]] | None = None
     for multiple, price in sorted(multiples.items(), key=lambda item: item[1]):
         if best is not None:
-            excess, _, layers, cost = best[0]
+            excess, layers, cost = best[0]
             if excess == 0 and layers <= (fewest if shallow else 0) and cost <= price:
                 break  # a finer multiple cannot do better
         for count, sizes in _candidates(axis_map, target, small, large, ideal, multiple):
@@ -209,7 +208,7 @@ def solve(
             if error > tolerance or not accept(sizes):
                 continue
             deviation = max((abs(sizes[a] - ideal[a]) / (large[a] - small[a]) for a in along_line), default=0.0)
-            score = (max(0.0, error - _GOAL), price >= _AWKWARD, sizes["layers"] if shallow else 0, deviation + price)
+            score = (max(0.0, error - _GOAL), sizes["layers"] if shallow else 0, deviation + price)
             if best is None or score < best[0]:
                 best = (score, sizes)
     if best is not None:
