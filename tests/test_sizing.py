@@ -190,11 +190,23 @@ def test_shapes_follow_the_line_between_the_neighbours() -> None:
     small = {**large, "layers": 20, "ffn": 768}
     low, high = count_parameters(axis_map, small), count_parameters(axis_map, large)
     for share in (0.2, 0.4, 0.6, 0.8):
-        sizes = solve(axis_map, round(low + share * (high - low)), small, large)
+        sizes = solve(axis_map, round(low + share * (high - low)), small, large, shallow=False)
         moved = [(sizes[a] - small[a]) / (large[a] - small[a]) for a in ("layers", "ffn")]
         assert max(moved) - min(moved) < 0.15
         assert min(moved) < share + 0.15
         assert max(moved) > share - 0.05
+
+
+def test_a_target_takes_as_few_layers_as_can_carry_it() -> None:
+    axis_map, large = published("llama")
+    small = ladder(axis_map, large, round(0.75 * count_parameters(axis_map, large)))
+    assert small["layers"] < large["layers"]
+    low, high = count_parameters(axis_map, small), count_parameters(axis_map, large)
+    for share in (0.2, 0.4, 0.6, 0.8):
+        target = round(low + share * (high - low))
+        layers = solve(axis_map, target, small, large)["layers"]
+        one_less = count_parameters(axis_map, {**large, "layers": layers - 1})
+        assert layers == small["layers"] or one_less < target * 1.002
 
 
 @each_family
