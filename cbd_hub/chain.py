@@ -52,8 +52,13 @@ FORMAT = 1
 """The manifest format that this version writes, and the latest it reads."""
 
 MANIFEST_NAME = "chain.json"
+"""The manifest's file, at the top of a chain."""
+
 INDEX_MAPS_NAME = "index_maps.safetensors"
+"""Orders of hidden units, heads and ffn units, and energies, of all pairs."""
+
 CHECKSUMS_NAME = "checksums.json"
+"""XXH3-128 of every tensor of every anchor."""
 
 
 _MOST_LAYERS = 10_000

@@ -31,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+"""The command line as a Typer application; the entry point is :func:`main`."""
 
 ChainArgument = Annotated[
     str, typer.Argument(help="A Hub repo id, or a folder that holds chain.json.", metavar="CHAIN")

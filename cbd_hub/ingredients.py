@@ -41,7 +41,11 @@ class Ingredients:
 
     @cached_property
     def splits(self) -> Splits:
-        """Documents to train on, to choose by, and to report on."""
+        """Documents to train on, to choose by, and to report on.
+
+        Raises:
+            RecipeError: The recipe has no data, or its text cannot be read or split.
+        """
         data = self.recipe.data
         if data is None:
             raise RecipeError("the recipe has no `data`, and something in it needs text")
@@ -49,7 +53,11 @@ class Ingredients:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Named by the recipe, trained on the training text, or the source model's; None where there is none."""
+        """Named by the recipe, trained on the training text, or the source model's; None where there is none.
+
+        Raises:
+            RecipeError: It cannot be loaded.
+        """
         wanted, source = self.recipe.tokenizer, self.recipe.source
         if wanted is None:  # a bare model can be cut without a tokenizer
             return _load_tokenizer(self._model_place(), source.revision) if source.model else None
@@ -61,7 +69,11 @@ class Ingredients:
 
     @cached_property
     def text(self) -> Text | None:
-        """Packed blocks of the splits; None for a recipe without data."""
+        """Packed blocks of the splits; None for a recipe without data.
+
+        Raises:
+            RecipeError: There is no tokenizer, or too little text for one block.
+        """
         if self.recipe.data is None:
             return None
         if self.tokenizer is None:
