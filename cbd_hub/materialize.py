@@ -4,13 +4,15 @@
 assembly (anchors on disk) and building (a student cut out of a teacher in memory) alike.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from cbd_hub.axis_map import AxisMap
 from cbd_hub.chain import IndexMap
@@ -110,6 +112,18 @@ def target_config(config: PreTrainedConfig, axis_map: AxisMap, plan: Plan) -> Pr
         raise SizeError(f"transformers refuses the shape {dict(plan.shape)}: {error}") from error
 
 
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keeps transformers' own bar away for a moment."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
 def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
     """Makes a transformers model around tensors (which it then shares, without a copy), in eval mode.
 
@@ -120,9 +134,10 @@ def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype:
         model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
     except KeyError:
         raise AxisMapError(f"transformers has no causal language model for {type(config).__name__}") from None
-    loaded: Any = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
+    with _no_progress_bar():  # nothing is loaded here: the tensors are there
+        loaded: Any = model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
     model, info = loaded
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if problems := {k: sorted(set(v) - tied) for k, v in info.items() if k.endswith("_keys") and set(v) - tied}:
