@@ -23,9 +23,9 @@ from cbd_hub import chain as manifests
 from cbd_hub.architectures import AXIS_MAPS, axis_map_for
 from cbd_hub.chain import Anchor, IndexMap, Manifest
 from cbd_hub.checkpoints import Checkpoint
-from cbd_hub.errors import CbdError, ChainNotFoundError, IntegrityError, ManifestError
+from cbd_hub.errors import ChainNotFoundError, IntegrityError, ManifestError
 from cbd_hub.hub import Location
-from cbd_hub.materialize import Read, build_model, make_tensor, parse_dtype, require_empty, target_config
+from cbd_hub.materialize import Read, build_model, make_tensor, parse_dtype, target_config, whole_folder
 from cbd_hub.plan import Plan, make_plan
 from cbd_hub.sizing import Sizes
 
@@ -298,33 +298,23 @@ class Chain:
             OutputExistsError: The folder is not empty.
             IntegrityError: A file is not what the manifest says; nothing is left behind then.
         """
-        target = require_empty(folder)
-        partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         top: dict[str, manifests.FileEntry] = dict(self.manifest.tokenizer)
         if self.manifest.index_maps:
             top[manifests.INDEX_MAPS_NAME] = self.manifest.index_maps
         if self.manifest.checksums:
             top[manifests.CHECKSUMS_NAME] = self.manifest.checksums
-        try:
-            wanted = [(self.location, "", name, entry) for name, entry in top.items()]
-            anchors = []
-            for anchor in self.manifest.anchors:
-                inner = f"anchors/{anchor.name}"
-                wanted += [(self._place(anchor), inner, name, entry) for name, entry in anchor.files.items()]
-                anchors.append(anchor.model_copy(update={"repo_id": None, "revision": None, "subfolder": inner}))
+        wanted = [(self.location, "", name, entry) for name, entry in top.items()]
+        anchors = []
+        for anchor in self.manifest.anchors:
+            inner = f"anchors/{anchor.name}"
+            wanted += [(self._place(anchor), inner, name, entry) for name, entry in anchor.files.items()]
+            anchors.append(anchor.model_copy(update={"repo_id": None, "revision": None, "subfolder": inner}))
+        with whole_folder(folder) as temporary:
             for place, inner, name, entry in tqdm(wanted, desc="copying", unit="file"):
-                destination = partial / inner / name
+                destination = temporary / inner / name
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._checked(place, name, entry), destination)
-            manifests.write_manifest(self.manifest.model_copy(update={"anchors": anchors}), partial)
-        except (CbdError, OSError):
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
+            manifests.write_manifest(self.manifest.model_copy(update={"anchors": anchors}), temporary)
 
 
 def _unread(name: str) -> torch.Tensor:

@@ -178,7 +178,7 @@ class Manifest(_Strict):
     tokenizer: dict[InnerPath, FileEntry] = Field(default_factory=dict)
     """The tokenizer's files, at the top of the chain's repository."""
     index_maps: FileEntry | None = None
-    """``index_maps.safetensors``; None when all orders are trivial."""
+    """``index_maps.safetensors``; None only where neighbours differ in nothing but layers."""
     checksums: FileEntry | None = None
     """``checksums.json``: anchor → tensor → XXH3-128 of its bytes."""
     curve: list[CurvePoint] = Field(default_factory=list)
@@ -226,6 +226,8 @@ class Manifest(_Strict):
                         f"anchor {anchor.name!r} must have parent {previous.name!r}, not {anchor.parent!r}"
                     )
                 order = anchor.layer_order
+                if order is None and sizes["layers"] != large["layers"]:
+                    raise ValueError(f"anchor {anchor.name!r} does not say which layers it keeps (layer_order)")
                 if order is not None and sorted(order) != list(range(large["layers"])):
                     raise ValueError(f"anchor {anchor.name!r}: layer_order is no permutation of its parent's layers")
                 if order is not None and sorted(order[: sizes["layers"]]) != order[: sizes["layers"]]:
@@ -337,7 +339,8 @@ def load_index_maps(manifest: Manifest, path: Path | None) -> dict[str, IndexMap
         path: ``index_maps.safetensors``, already checked against the manifest's hash; None when there is none.
 
     Raises:
-        IntegrityError: The file is damaged, or what it holds is no order of the units it is for.
+        IntegrityError: The file is damaged, what it holds is no order of the units it is for, or the order of an
+            axis on which two neighbours differ is missing (hidden units of the PCA basis are in order already).
     """
     try:
         tensors = load_file(path) if path else {}
@@ -359,10 +362,19 @@ def load_index_maps(manifest: Manifest, path: Path | None) -> dict[str, IndexMap
                 energy[what] = value
             else:
                 raise IntegrityError(f"{path} holds {key!r}, which the axis map does not know")
+        _check_complete(manifest, small, sizes, orders)
         maps[small.name] = IndexMap(layers, orders, energy)
     if tensors:
         raise IntegrityError(f"{path} holds {next(iter(tensors))!r}, which belongs to no anchor of the chain")
     return maps
+
+
+def _check_complete(manifest: Manifest, small: Anchor, large: Mapping[str, int], orders: Mapping[str, Any]) -> None:
+    """Refuses a pair that does not say which units it kept: a guess would make a model of mismatched weights."""
+    own = {"layers"} | ({"hidden"} if manifest.basis == "pca" else set())  # those in the manifest; those in order
+    for axis, size in manifest.sizes(small).items():
+        if size != large[axis] and axis not in own and axis not in orders:
+            raise IntegrityError(f"the index maps do not say which {axis} units anchor {small.name!r} keeps")
 
 
 def read_index_map(anchor: Anchor, path: Path) -> IndexMap:

@@ -1,13 +1,12 @@
 """Writing a made model as a ready folder: weights, config, generation config, tokenizer and card."""
 
-import shutil
 from pathlib import Path
 
 import torch
 
 from cbd_hub import cards
 from cbd_hub.assemble import Chain
-from cbd_hub.materialize import require_empty
+from cbd_hub.materialize import whole_folder
 from cbd_hub.plan import Plan
 
 __all__ = ["write_model"]
@@ -29,19 +28,11 @@ def write_model(
         OutputExistsError: The folder is not empty.
         IntegrityError: The chain's files are not what its manifest says.
     """
-    target = require_empty(folder).resolve()  # "." has a name of its own
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(folder) as temporary:
         model = chain.initialize(plan, dtype=dtype, progress=progress)
-        model.save_pretrained(partial)
+        model.save_pretrained(temporary)
         if chain.manifest.tokenizer:
-            chain.tokenizer.save_pretrained(partial)
+            chain.tokenizer.save_pretrained(temporary)
         origin = model.config.cbd_hub
         card = cards.model_card(chain.manifest, plan, chain=origin["chain"], revision=origin["revision"])
-        card.save(partial / "README.md")
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        card.save(temporary / "README.md")

@@ -4,10 +4,12 @@
 assembly (anchors on disk) and building (a student cut out of a teacher in memory) alike.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,7 +25,7 @@ from cbd_hub.plan import Plan
 from cbd_hub.sizing import Sizes
 from cbd_hub.tensors import blend, expand, rescale, take, weigh_unshared
 
-__all__ = ["Read", "build_model", "make_tensor", "parse_dtype", "require_empty", "target_config"]
+__all__ = ["Read", "build_model", "make_tensor", "parse_dtype", "target_config", "whole_folder"]
 
 Read = Callable[[str], torch.Tensor]
 """Reads one parameter of an anchor by its transformers name."""
@@ -148,16 +150,27 @@ def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype:
     return model
 
 
-def require_empty(folder: str | Path) -> Path:
-    """Returns the path of a folder that does not exist yet or is empty.
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """Gives a temporary folder to write into, which becomes ``folder`` at the end, or vanishes on an error.
+
+    A killed process leaves a hidden folder beside ``folder``, never half of ``folder`` itself.
 
     Raises:
-        OutputExistsError: It holds something, or is a file.
+        OutputExistsError: ``folder`` holds something, or is a file; nothing was changed then.
     """
-    path = Path(folder).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputExistsError(f"{path} is not empty; name a new folder, or empty it first (nothing was changed)")
-    return path
+    target = Path(folder).expanduser().resolve()  # "." has a name of its own
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputExistsError(f"{folder} is not empty; name a new folder, or empty it first (nothing was changed)")
+    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

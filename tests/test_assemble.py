@@ -523,7 +523,7 @@ def test_a_chain_is_copied_whole(llama: Path, tmp_path: Path) -> None:
     assert copy.tokenizer.convert_tokens_to_ids("w42") == 42
     target = middle_size(llama, 1)
     assert torch.equal(logits(from_chain(tmp_path / "copy", target)), logits(from_chain(llama, target)))
-    assert not (tmp_path / "copy.partial").exists()
+    assert not list(tmp_path.glob(".copy*"))
     copy.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / MANIFEST_NAME).read_bytes() == (tmp_path / "copy" / MANIFEST_NAME).read_bytes()
 
@@ -547,7 +547,7 @@ def test_a_damaged_chain_is_not_copied(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="a2"):
         Chain.from_pretrained(llama).save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
-    assert not (tmp_path / "copy.partial").exists()
+    assert not list(tmp_path.glob(".copy*"))
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -785,7 +785,7 @@ def test_a_randomly_altered_manifest_is_refused_or_harmless(
         except CbdError:
             refused += 1
             continue
-        if path[-1] != "aligned" and path != ("index_maps",):  # what a manifest may say: another method, prefixes
+        if path[-1] != "aligned":  # what a manifest may say: another method
             assert all(torch.equal(made[k], expected[k]) for k in expected), path
     assert refused > 50
 

@@ -16,6 +16,7 @@ from tiny_models import tiny_config, tiny_model
 from cbd_hub.architectures import axis_map_for
 from cbd_hub.cards import CURVE_PICTURE, anchor_card, chain_card, model_card
 from cbd_hub.chain import (
+    INDEX_MAPS_NAME,
     Anchor,
     CurvePoint,
     Evaluation,
@@ -24,6 +25,7 @@ from cbd_hub.chain import (
     Manifest,
     Training,
     file_entry,
+    save_index_maps,
     write_manifest,
 )
 from cbd_hub.data import train_tokenizer
@@ -392,7 +394,9 @@ def test_quick_starts_run_as_printed(tmp_path: Path) -> None:
                 num_parameters=count_parameters(axis_map, sizes),
             )
         )
-    manifest = make_manifest(*anchors, tokenizer=top)
+    order = np.tile(np.arange(FFN["large"]), (3, 1))  # both anchors are random: any correspondence will do
+    save_index_maps({"small": IndexMap(np.arange(3), {"ffn": order})}, tmp_path / INDEX_MAPS_NAME)
+    manifest = make_manifest(*anchors, tokenizer=top, index_maps=file_entry(tmp_path / INDEX_MAPS_NAME))
     write_manifest(manifest, tmp_path)
     middle = make_middle(manifest, num_parameters=(anchors[0].num_parameters + anchors[1].num_parameters) // 2)
     model = model_card(manifest, middle, chain="../..", revision=None)

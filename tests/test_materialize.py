@@ -11,7 +11,7 @@ from cbd_hub.architectures import axis_map_for
 from cbd_hub.chain import IndexMap
 from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
 from cbd_hub.importance import rank
-from cbd_hub.materialize import build_model, make_tensor, parse_dtype, require_empty, target_config
+from cbd_hub.materialize import build_model, make_tensor, parse_dtype, target_config, whole_folder
 from cbd_hub.plan import plan_subset
 
 
@@ -22,13 +22,26 @@ def test_parse_dtype() -> None:
             parse_dtype(wrong)
 
 
-def test_require_empty(tmp_path: Path) -> None:
-    assert require_empty(tmp_path / "new") == tmp_path / "new"
-    assert require_empty(tmp_path) == tmp_path
-    (tmp_path / "file").touch()
-    for place in (tmp_path, tmp_path / "file"):
-        with pytest.raises(OutputExistsError, match="nothing was changed"):
-            require_empty(place)
+def test_whole_folder(tmp_path: Path) -> None:
+    """A folder appears whole or not at all, and nothing else beside it is touched."""
+    (tmp_path / "model.partial").mkdir()
+    (tmp_path / "model.partial" / "mine").write_text("kept")
+    with whole_folder(tmp_path / "model") as temporary:
+        (temporary / "weights").write_text("w")
+        assert not (tmp_path / "model").exists()
+    assert (tmp_path / "model" / "weights").read_text() == "w"
+    with pytest.raises(RuntimeError, match="half-way"), whole_folder(tmp_path / "other") as temporary:
+        (temporary / "weights").write_text("w")
+        raise RuntimeError("half-way")
+    (tmp_path / "empty").mkdir()
+    with whole_folder(tmp_path / "empty") as temporary:
+        (temporary / "weights").write_text("w")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "model", "model.partial"]
+    assert (tmp_path / "model.partial" / "mine").read_text() == "kept"
+    for place in (tmp_path / "model", tmp_path / "model" / "weights"):
+        with pytest.raises(OutputExistsError, match="is not empty"), whole_folder(place):
+            pass
+    assert (tmp_path / "model" / "weights").read_text() == "w"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "phi3"])
