@@ -8,7 +8,7 @@ memory stays near the target's size plus the largest pair of source tensors.
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,12 +21,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub import chain as manifests
 from cbd_hub.architectures import AXIS_MAPS, axis_map_for
-from cbd_hub.chain import Anchor, IndexMap, Manifest
+from cbd_hub.chain import Anchor, Manifest
 from cbd_hub.checkpoints import Checkpoint
 from cbd_hub.errors import ChainNotFoundError, IntegrityError, ManifestError
 from cbd_hub.hub import Location
+from cbd_hub.index_maps import IndexMap, load_index_maps
 from cbd_hub.materialize import Read, build_model, make_tensor, parse_dtype, target_config, whole_folder
 from cbd_hub.plan import Plan, make_plan
+from cbd_hub.refine import choose, load_calibration
 from cbd_hub.sizing import Sizes
 
 __all__ = ["Chain", "ChainAnchor", "from_chain"]
@@ -126,7 +128,7 @@ class Chain:
         """How each anchor's units correspond to its larger neighbour's, by the smaller one's name."""
         entry = self.manifest.index_maps
         path = self._checked(self.location, manifests.INDEX_MAPS_NAME, entry) if entry else None
-        return manifests.load_index_maps(self.manifest, path)
+        return load_index_maps(self.manifest, path)
 
     @cached_property
     def _checksums(self) -> dict[str, dict[str, str]]:
@@ -230,11 +232,27 @@ class Chain:
                 )
         return config
 
-    def initialize(self, plan: Plan, *, dtype: str | torch.dtype = "auto", progress: bool = True) -> PreTrainedModel:
+    @cached_property
+    def calibration(self) -> torch.Tensor | None:
+        """The token ids (N, S) that the chain ships for ``refine``; None where it ships none.
+
+        Raises:
+            IntegrityError: The file is not what the manifest says.
+        """
+        if self.manifest.calibration is None:
+            return None
+        path = self._checked(self.location, manifests.CALIBRATION_NAME, self.manifest.calibration)
+        return load_calibration(self.manifest, path)
+
+    def initialize(
+        self, plan: Plan, refine: bool = False, *, dtype: str | torch.dtype = "auto", progress: bool = True
+    ) -> PreTrainedModel:
         """Carries out a plan: reads, interpolates and returns the model.
 
         Args:
             plan: From :meth:`plan`.
+            refine: Compare other ways to make the model as well, and keep the best: see :mod:`cbd_hub.refine`, also
+                for what that costs (minutes at 100M parameters on two cores).
             dtype: A torch dtype or its name; ``"auto"`` keeps the large anchor's.
             progress: Show a progress bar (HF_HUB_DISABLE_PROGRESS_BARS is obeyed).
 
@@ -243,11 +261,17 @@ class Chain:
 
         Raises:
             IntegrityError: The anchors' files are not what the manifest says.
-            ManifestError: A config contradicts the manifest.
+            ManifestError: A config contradicts the manifest, or the chain ships no calibration tokens to refine on.
         """
         large, small = self._entry(plan.large), self._entry(plan.small)
         axis_map = self.manifest.resolved_axis_map
         out_dtype = parse_dtype(large.dtype if dtype == "auto" else dtype)
+        if refine and plan.method != "anchor":
+            if self.calibration is None:
+                raise ManifestError(f"the chain {self.manifest.name!r} ships no calibration tokens to refine on")
+            make = partial(self.initialize, dtype=torch.float32, progress=False)
+            load_large = partial(ChainAnchor(self, large).load, torch.float32)
+            return choose(plan, self.manifest, make, load_large, self.calibration, out_dtype, progress)
         config = target_config(self.config(large), axis_map, plan)
         if small is not large:
             self.config(small)  # checked, though what a model needs of it stands in the manifest
@@ -303,6 +327,8 @@ class Chain:
             top[manifests.INDEX_MAPS_NAME] = self.manifest.index_maps
         if self.manifest.checksums:
             top[manifests.CHECKSUMS_NAME] = self.manifest.checksums
+        if self.manifest.calibration:
+            top[manifests.CALIBRATION_NAME] = self.manifest.calibration
         wanted = [(self.location, "", name, entry) for name, entry in top.items()]
         anchors = []
         for anchor in self.manifest.anchors:
@@ -350,8 +376,8 @@ def from_chain(
         alpha: Weight of the small anchor, 0..1; ``"auto"`` is 1 - r, r being the position between the anchors.
         method: ``interpolate``, ``paper`` (zero filling, exactly the paper's), ``expand`` (small anchor only),
             ``prune`` (large anchor only) or ``auto``.
-        refine: Compare candidates on calibration tokens that the chain ships. No chain ships them yet, so True is
-            refused.
+        refine: Compare other ways to make it on calibration tokens that the chain ships, and keep the best
+            (:mod:`cbd_hub.refine`): a lower loss, for minutes instead of seconds at 100M parameters.
         tolerance: Largest relative error of the parameter count.
         dtype: ``"auto"`` keeps the anchors' dtype.
         revision: Branch, tag or commit of the chain.
@@ -370,7 +396,5 @@ def from_chain(
         IntegrityError: A file is not what the manifest says.
     """
     opened = Chain.from_pretrained(chain, revision, token, cache_dir, local_files_only, force_download)
-    if refine:
-        raise ManifestError(f"the chain {opened.manifest.name!r} ships no calibration tokens; pass refine=False")
     plan = opened.plan(num_parameters, shape=shape, alpha=alpha, method=method, tolerance=tolerance)
-    return opened.initialize(plan, dtype=dtype)
+    return opened.initialize(plan, refine, dtype=dtype)

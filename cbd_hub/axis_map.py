@@ -171,6 +171,11 @@ class AxisMap:
         """Returns the stored tensors that read the output of a norm (a tied head is the embedding)."""
         return tuple(self.tied.get(p, p) for p in self.norms[gain] if self.tied.get(p, p) in self.tensors)
 
+    @property
+    def layers_name(self) -> str:
+        """The module that holds the layers, e.g. ``model.layers``."""
+        return next(pattern for pattern in self.tensors if "*" in pattern).split(".*")[0]
+
     def writes(self, pattern: str) -> bool:
         """Whether a tensor's output is added to the residual stream: embeddings, output projections, their biases."""
         dims, stream = self.layout(pattern).dims, (("hidden",),)

@@ -17,21 +17,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from cbd_hub import cards
 from cbd_hub import chain as manifests
+from cbd_hub.adopt import adopt, check_neighbours
 from cbd_hub.architectures import axis_map_for, register_axis_map
 from cbd_hub.assemble import Chain
 from cbd_hub.axis_map import AxisMap
 from cbd_hub.basis import rotate
-from cbd_hub.chain import Anchor, IndexMap, Manifest, Training
+from cbd_hub.chain import Anchor, Manifest, Training
 from cbd_hub.checkpoints import checksum_file
-from cbd_hub.distill import distill
-from cbd_hub.errors import OutputExistsError, RecipeError, SizeError
-from cbd_hub.evaluation import evaluate_loss, plot_size_loss
+from cbd_hub.distill import distill, kept_hidden
+from cbd_hub.errors import OutputExistsError, RecipeError
+from cbd_hub.evaluation import evaluate_loss
 from cbd_hub.hub import Location
 from cbd_hub.importance import rank
+from cbd_hub.index_maps import IndexMap, read_index_map, save_index_maps
 from cbd_hub.ingredients import Ingredients
 from cbd_hub.materialize import build_model, make_tensor, parse_dtype, target_config
+from cbd_hub.measure import measure_barriers, measure_curve, plot_chain
 from cbd_hub.plan import plan_subset
 from cbd_hub.recipe import AnchorSpec, Recipe, load_recipe, step_fingerprint
+from cbd_hub.refine import save_calibration
+from cbd_hub.refit import can_refit, refit
 from cbd_hub.sizing import Sizes, count_parameters, format_count, ladder
 
 __all__ = ["build_chain", "cut"]
@@ -110,18 +115,22 @@ class _Build:
 
     def _target(self, spec: AnchorSpec, axis_map: AxisMap, large: Sizes) -> dict[str, int]:
         """The sizes of the next anchor."""
+        if spec.init is not None:
+            return axis_map_for(config := self.made.checkpoint_config(spec.init, spec.revision)).sizes(config)
         if spec.shape is not None:
             for field in spec.shape:
                 if field not in axis_map.fields:
                     raise RecipeError(f"anchor shape has no field {field!r}; allowed: {', '.join(axis_map.fields)}")
             return axis_map.sizes({**axis_map.config_fields(large), **spec.shape})
         count = count_parameters(axis_map, large)
-        return ladder(axis_map, large, spec.num_parameters or round(count * (spec.fraction or 0)))
+        target = spec.num_parameters or round(count * (spec.fraction or 0))
+        if unknown := {axis for point in self.recipe.spread.waypoints for axis in point} - set(large):
+            raise RecipeError(f"spread.waypoints names {sorted(unknown)[0]!r}; axes here: {', '.join(large)}")
+        return ladder(axis_map, large, target, waypoints=self.recipe.spread.waypoints)
 
-    def anchor(
-        self, spec: AnchorSpec, parent: Anchor, basis: str
-    ) -> tuple[str, PreTrainedModel, Training, IndexMap, str]:
-        """Step k: rank the parent's units, cut the student out, distil it from the parent."""
+    def anchor(self, index: int, parent: Anchor, basis: str) -> tuple[str, PreTrainedModel, Training, IndexMap, str]:
+        """Step k: rank the parent's units, cut the student out, refit it, distil it from the parent."""
+        spec = self.recipe.anchors[index - 1]
         teacher = self.load(parent.name)
         axis_map = axis_map_for(teacher.config)
         large = axis_map.sizes(teacher.config)
@@ -129,21 +138,21 @@ class _Build:
         name = spec.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, small))}"
         if name in self.names:
             raise RecipeError(f"two anchors would have the name {name!r}; give one of them another `name`")
-        index_map = rank(
-            teacher,
-            axis_map,
-            large,
-            small,
-            self.made.calibration(),
-            prefix_hidden=basis == "pca",
-            progress=self.progress,
-        )
-        student = cut(teacher, axis_map, large, small, index_map)
-        config = (
-            self.recipe.distillation
-            if spec.tokens is None
-            else self.recipe.distillation.model_copy(update={"tokens": spec.tokens})
-        )
+        found: dict[str, float] = {}
+        if spec.init is not None:
+            student = self.made.checkpoint(spec.init, spec.revision)
+            check_neighbours(student, teacher, spec.init)
+            blocks = self.made.calibration() if spec.align else None
+            student, index_map = adopt(student, teacher, axis_map, blocks, self.progress)
+            save_index_maps({"": index_map}, self.state / f"step-{index}.safetensors")
+        else:
+            index_map = self._rank(index, teacher, axis_map, large, small, basis)
+            student = cut(teacher, axis_map, large, small, index_map)
+            if self.recipe.refit:
+                found = self._refit(student, teacher, axis_map, index_map)
+        config = self.recipe.distillation
+        if spec.tokens is not None:
+            config = config.model_copy(update={"tokens": spec.tokens})
         if config.tokens == 0:
             training = Training(tokens=0, seed=config.seed)
         elif self.made.text is None:
@@ -153,13 +162,55 @@ class _Build:
                 student,
                 teacher,
                 self.made.text.train,
-                self.made.text.validation,
+                self.made.validation,
                 config,
                 index_map=index_map,
                 work_dir=self.state / "work",
                 progress=self.progress,
             )
-        return name, student, training, index_map, basis
+        return name, student, training.model_copy(update=found), index_map, basis
+
+    def _rank(
+        self, index: int, teacher: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, basis: str
+    ) -> IndexMap:
+        """Which units are kept; written down at once, since it takes minutes and decides everything after it."""
+        record = self.state / f"ranking-{index}.json"
+        maps = self.state / f"step-{index}.safetensors"
+        fingerprint = step_fingerprint(self.recipe, index)
+        if record.is_file():
+            saved = json.loads(record.read_text(encoding="utf-8"))
+            if saved["fingerprint"] == fingerprint:
+                return read_index_map(saved["layers"], maps)
+        index_map = rank(
+            teacher,
+            axis_map,
+            large,
+            small,
+            self.made.calibration(),
+            prefix_hidden=basis == "pca",
+            progress=self.progress,
+        )
+        save_index_maps({"": index_map}, maps)
+        _write_json(record, {"fingerprint": fingerprint, "layers": [int(i) for i in index_map.layers]})
+        return index_map
+
+    def _refit(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, axis_map: AxisMap, index_map: IndexMap
+    ) -> dict[str, float]:
+        """Refits a cut student, unless that raises its loss; returns the loss of the subset as it was cut."""
+        blocks = self.made.refit_blocks()
+        if blocks is None or self.made.validation is None or not can_refit(axis_map):
+            return {}
+        before = evaluate_loss(student, self.made.validation).loss
+        weights = {name: p.detach().clone() for name, p in student.named_parameters()}
+        layers = [int(i) for i in index_map.layers[: axis_map.sizes(student.config)["layers"]]]
+        kept = kept_hidden(
+            index_map, axis_map.sizes(student.config)["hidden"], axis_map.sizes(teacher.config)["hidden"]
+        )
+        refit(student, teacher, axis_map, layers, kept, blocks, progress=self.progress)
+        if not evaluate_loss(student, self.made.validation).loss < before:
+            student.load_state_dict(weights, strict=False)
+        return {"cut_loss": before}
 
     def step(self, index: int, parent: Anchor | None, basis: str) -> tuple[Anchor, IndexMap | None, str]:
         """Runs step ``index`` (0 is the source), or takes it from the record of an earlier run."""
@@ -178,19 +229,15 @@ class _Build:
                 if (wanted := self._basis(axis_map, axis_map.sizes(anchor.shape))) != saved["basis"]:
                     raise self._another(f"its basis is {saved['basis']}, these anchors need {wanted}")
             self.names.add(anchor.name)
-            return anchor, self._read_map(anchor, maps), saved["basis"]
+            own = read_index_map(anchor.layer_order, maps) if anchor.layer_order is not None else None
+            return anchor, own, saved["basis"]
         if parent is None:
             name, model, training, index_map, basis = self.source()
         else:
-            name, model, training, index_map, basis = self.anchor(self.recipe.anchors[index - 1], parent, basis)
-        anchor = self._save(name, model, training, index_map, parent)
-        if index_map is not None:
-            manifests.save_index_maps({anchor.name: index_map}, maps)
-        partial = record.with_suffix(".partial")
-        partial.write_text(
-            json.dumps({"fingerprint": fingerprint, "basis": basis, "anchor": anchor.model_dump(mode="json")})
-        )
-        partial.replace(record)
+            name, model, training, index_map, basis = self.anchor(index, parent, basis)
+        init = self.recipe.anchors[index - 1].init if index else None
+        anchor = self._save(name, model, training, index_map, parent, init)
+        _write_json(record, {"fingerprint": fingerprint, "basis": basis, "anchor": anchor.model_dump(mode="json")})
         self.names.add(anchor.name)
         return anchor, index_map, basis
 
@@ -200,11 +247,6 @@ class _Build:
             "resume=False (--no-resume)"
         )
 
-    def _read_map(self, anchor: Anchor, path: Path) -> IndexMap | None:
-        if anchor.layer_order is None:
-            return None
-        return manifests.read_index_map(anchor, path)
-
     def _save(
         self,
         name: str,
@@ -212,6 +254,7 @@ class _Build:
         training: Training | None,
         index_map: IndexMap | None,
         parent: Anchor | None,
+        init: str | None,
     ) -> Anchor:
         """Writes an anchor's folder whole, then renames it into place; returns its manifest entry."""
         axis_map = axis_map_for(model.config)
@@ -245,6 +288,8 @@ class _Build:
             num_parameters=count_parameters(axis_map, sizes),
             dtype=self.recipe.dtype,
             parent=parent.name if parent else None,
+            init=init,
+            aligned=init is None,
             layer_order=[int(i) for i in index_map.layers] if index_map is not None else None,
             files=files,
             training=training,
@@ -261,7 +306,10 @@ class _Build:
         (self.output / manifests.CHECKSUMS_NAME).write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n")
         maps_path = self.output / manifests.INDEX_MAPS_NAME
         if any(m.orders or m.energy for m in maps.values()):
-            manifests.save_index_maps(maps, maps_path)
+            save_index_maps(maps, maps_path)
+        calibration = self.made.shipped_calibration()
+        if calibration is not None:
+            save_calibration(calibration, self.output / manifests.CALIBRATION_NAME)
         tokenizer = {}
         if self.made.tokenizer is not None:
             saved = self.made.tokenizer.save_pretrained(self.output)
@@ -275,6 +323,7 @@ class _Build:
             architecture=config.model_type,
             axis_map=json.loads(json.dumps(axis_map.to_dict())),
             basis=basis,  # type: ignore[arg-type]
+            layers_last=self.recipe.spread.layers_last,
             source=self.recipe.source.model or "trained from scratch",
             source_revision=self.recipe.source.revision,
             license=self.recipe.license,
@@ -282,45 +331,30 @@ class _Build:
             tokenizer=tokenizer,
             index_maps=manifests.file_entry(maps_path) if maps_path.is_file() else None,
             checksums=manifests.file_entry(self.output / manifests.CHECKSUMS_NAME),
+            calibration=None
+            if calibration is None
+            else manifests.file_entry(self.output / manifests.CALIBRATION_NAME),
             recipe=self.recipe.model_dump(mode="json", exclude_none=True, exclude={"axis_map", "hub"}),
             versions={library: version(library) for library in _LIBRARIES},
         )
-        manifest = manifest.model_copy(update={"curve": self._curve(manifest)})
-        if manifest.curve:
-            _plot(manifest, self.output / "size_loss.png")
+        if self.made.text is not None and (per_pair := self.recipe.evaluation.curve_points):
+            place, most = Location(str(self.output)), self.recipe.evaluation.tokens
+            anchors = measure_barriers(Chain(place, manifest), self.made.validation or [], most, self.progress)
+            manifest = manifest.model_copy(update={"anchors": anchors})
+            curve = measure_curve(Chain(place, manifest), self.made.text.test, per_pair, most, self.progress)
+            manifest = manifest.model_copy(update={"curve": curve})
+            plot_chain(manifest, self.output / "size_loss.png")
         cards.chain_card(manifest, folder=self.output).save(self.output / "README.md")
         for anchor in anchors:
             cards.anchor_card(manifest, anchor).save(self.output / "anchors" / anchor.name / "README.md")
         manifests.write_manifest(manifest, self.output)
         return Chain.from_pretrained(self.output)
 
-    def _curve(self, manifest: Manifest) -> list[manifests.CurvePoint]:
-        """Held-out loss of models between every two anchors, evenly spaced."""
-        if self.made.text is None:
-            return []
-        chain, points = Chain(Location(str(self.output)), manifest), []
-        per_pair = self.recipe.evaluation.curve_points
-        for large, small in zip(manifest.anchors, manifest.anchors[1:], strict=False):
-            for k in range(1, per_pair + 1):
-                target = small.num_parameters + (large.num_parameters - small.num_parameters) * k // (per_pair + 1)
-                try:
-                    plan = chain.plan(target)
-                except SizeError:  # a tiny chain whose steps are coarser than the tolerance
-                    continue
-                model = chain.initialize(plan, dtype=torch.float32, progress=False)
-                result = evaluate_loss(model, self.made.text.test, max_tokens=self.recipe.evaluation.tokens)
-                points.append(
-                    manifests.CurvePoint(num_parameters=plan.num_parameters, loss=result.loss, method=plan.method)
-                )
-        return points
 
-
-def _plot(manifest: Manifest, path: Path) -> None:
-    anchors = [(a.name, a.num_parameters, a.evaluation.loss) for a in manifest.anchors if a.evaluation]
-    series: dict[str, list[tuple[int, float]]] = {}
-    for point in manifest.curve:
-        series.setdefault(point.method, []).append((point.num_parameters, point.loss))
-    plot_size_loss({k: sorted(v) for k, v in series.items()}, anchors, path, f"{manifest.name}: held-out loss by size")
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value))
+    partial.replace(path)
 
 
 def _is_model_file(name: str) -> bool:

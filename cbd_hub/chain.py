@@ -12,22 +12,18 @@ for staying inside their folder.
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from cbd_hub.axis_map import AxisMap
 from cbd_hub.errors import AxisMapError, CbdError, IntegrityError, ManifestError, did_you_mean
 from cbd_hub.sizing import count_parameters
 
 __all__ = [
+    "CALIBRATION_NAME",
     "CHECKSUMS_NAME",
     "FORMAT",
     "INDEX_MAPS_NAME",
@@ -36,15 +32,11 @@ __all__ = [
     "CurvePoint",
     "Evaluation",
     "FileEntry",
-    "IndexMap",
     "Manifest",
     "Training",
     "check_file",
     "file_entry",
-    "load_index_maps",
-    "read_index_map",
     "read_manifest",
-    "save_index_maps",
     "write_manifest",
 ]
 
@@ -57,6 +49,8 @@ MANIFEST_NAME = "chain.json"
 INDEX_MAPS_NAME = "index_maps.safetensors"
 """Orders of hidden units, heads and ffn units, and energies, of all pairs."""
 
+CALIBRATION_NAME = "calibration.safetensors"
+"""Token ids that ``refine`` compares candidates on."""
 CHECKSUMS_NAME = "checksums.json"
 """XXH3-128 of every tensor of every anchor."""
 
@@ -107,6 +101,8 @@ class Training(_Strict):
     tokens: Annotated[int, Field(ge=0)]
     """Training tokens seen; 0 for an anchor that was only cut out."""
     seed: int
+    cut_loss: float | None = None
+    """Validation loss of the subset as it was cut, before its refit, nats a token."""
     start_loss: float | None = None
     """Validation loss of the untrained start, nats a token."""
     best_loss: float | None = None
@@ -131,10 +127,14 @@ class Anchor(_Strict):
     dtype: Literal["float64", "float32", "float16", "bfloat16"]
     parent: Name | None = None
     """The larger neighbour that this anchor was made from."""
+    init: str | None = None
+    """The public checkpoint that it started from; None for a subset of the parent."""
     layer_order: list[Annotated[int, Field(ge=0)]] | None = None
     """Order of the parent's layers (see :mod:`cbd_hub.chain`); None keeps all, in order."""
     aligned: bool = True
-    """Whether the anchor started as a subset of its parent, so that their units correspond."""
+    """Whether its weights can be averaged with its parent's: their units correspond, and no high barrier was met."""
+    barrier: "Barrier | None" = None
+    """What was measured between this anchor and its parent."""
     files: dict[InnerPath, FileEntry]
     """Every file that makes up the model, relative to the anchor's folder."""
     training: Training | None = None
@@ -147,6 +147,18 @@ class Anchor(_Strict):
         if "config.json" not in self.files:
             raise ValueError("files must list config.json")
         return self
+
+
+class Barrier(_Strict):
+    """Loss along the weight of the small anchor, at one shape halfway between it and its parent."""
+
+    num_parameters: PositiveInt
+    alphas: list[Annotated[float, Field(ge=0, le=1)]]
+    """From 0 (the parent pruned) to 1 (the anchor expanded)."""
+    losses: list[float]
+    """Nats a token."""
+    height: float
+    """How far the losses rise above the straight line between the two ends; negative where they sag."""
 
 
 class CurvePoint(_Strict):
@@ -169,6 +181,8 @@ class Manifest(_Strict):
     """The resolved axis map, so that a chain of a family this library does not know can be read."""
     basis: Literal["native", "pca"] = "native"
     """Whether the residual stream was rotated into the PCA basis of its activations."""
+    layers_last: bool = True
+    """Whether models in between take ffn units before layers (:func:`cbd_hub.sizing.solve`)."""
     source: str
     """What the chain was made from: a repo id, a folder's name, or ``trained from scratch``."""
     source_revision: str | None = None
@@ -181,6 +195,8 @@ class Manifest(_Strict):
     """``index_maps.safetensors``; None only where neighbours differ in nothing but layers."""
     checksums: FileEntry | None = None
     """``checksums.json``: anchor → tensor → XXH3-128 of its bytes."""
+    calibration: FileEntry | None = None
+    """``calibration.safetensors``: token ids (N, S) int32 that no anchor was trained on, for ``refine``."""
     curve: list[CurvePoint] = Field(default_factory=list)
     recipe: dict[str, Any] | None = None
     versions: dict[str, str] = Field(default_factory=dict)
@@ -236,26 +252,6 @@ class Manifest(_Strict):
         if len({a.name for a in self.anchors}) != len(self.anchors):
             raise ValueError("two anchors have the same name")
         return self
-
-
-@dataclass(frozen=True)
-class IndexMap:
-    """How the units of an anchor correspond to those of its larger neighbour."""
-
-    layers: np.ndarray
-    """(layers of the parent,) the parent's layers: first the kept ones, ascending, then the others."""
-    orders: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Axis → order of the parent's units; (units,) for ``hidden``, (layers of the parent, units) for others."""
-    energy: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Norm gain → share of every hidden unit in the mean square of the norm's input, times the number of units, so
-    that it averages 1: (units,), or (layers of the parent, units) for a norm in every layer."""
-
-    def order(self, axis: str, layer: int | None, size: int) -> np.ndarray:
-        """Returns the order of the parent's units on an axis (of one layer): int64, (size,)."""
-        order = self.orders.get(axis)
-        if order is None:
-            return np.arange(size, dtype=np.int64)
-        return (order if order.ndim == 1 else order[layer]).astype(np.int64)
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
@@ -318,82 +314,3 @@ def check_file(path: Path, entry: FileEntry) -> None:
         raise IntegrityError(f"{path} is named by the manifest and does not exist")
     if path.stat().st_size != entry.size or file_entry(path) != entry:
         raise IntegrityError(f"{path} is not the file that the manifest names (its size or SHA-256 differs)")
-
-
-def save_index_maps(maps: Mapping[str, IndexMap], path: Path) -> None:
-    """Writes the orders and energies of all pairs, keyed by the smaller anchor's name, as one safetensors file."""
-    tensors = {}
-    for name, index_map in maps.items():
-        for axis, order in index_map.orders.items():
-            tensors[f"{name}/order/{axis}"] = np.ascontiguousarray(order, dtype=np.int32)
-        for gain, energy in index_map.energy.items():
-            tensors[f"{name}/energy/{gain}"] = np.ascontiguousarray(energy, dtype=np.float32)
-    save_file(dict(sorted(tensors.items())), path)
-
-
-def load_index_maps(manifest: Manifest, path: Path | None) -> dict[str, IndexMap]:
-    """Reads the index maps of all pairs, keyed by the smaller anchor's name.
-
-    Args:
-        manifest: The chain's manifest.
-        path: ``index_maps.safetensors``, already checked against the manifest's hash; None when there is none.
-
-    Raises:
-        IntegrityError: The file is damaged, what it holds is no order of the units it is for, or the order of an
-            axis on which two neighbours differ is missing (hidden units of the PCA basis are in order already).
-    """
-    try:
-        tensors = load_file(path) if path else {}
-    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a dtype that numpy does not have
-        raise IntegrityError(f"{path} cannot be read: {error}") from None
-    axis_map, maps = manifest.resolved_axis_map, {}
-    for large, small in zip(manifest.anchors, manifest.anchors[1:], strict=False):
-        sizes = axis_map.sizes(large.shape)
-        layers = np.array(small.layer_order if small.layer_order else range(sizes["layers"]), dtype=np.int64)
-        orders, energy = {}, {}
-        for key in [k for k in tensors if k.startswith(f"{small.name}/")]:
-            _, kind, what = key.split("/", 2) if key.count("/") >= 2 else (key, "", "")
-            value = tensors.pop(key)
-            if kind == "order" and what in sizes and what not in ("layers", *axis_map.frozen):
-                _check_order(key, value, what, sizes)
-                orders[what] = value
-            elif kind == "energy" and what in axis_map.norms:
-                _check_energy(key, value, what, sizes)
-                energy[what] = value
-            else:
-                raise IntegrityError(f"{path} holds {key!r}, which the axis map does not know")
-        _check_complete(manifest, small, sizes, orders)
-        maps[small.name] = IndexMap(layers, orders, energy)
-    if tensors:
-        raise IntegrityError(f"{path} holds {next(iter(tensors))!r}, which belongs to no anchor of the chain")
-    return maps
-
-
-def _check_complete(manifest: Manifest, small: Anchor, large: Mapping[str, int], orders: Mapping[str, Any]) -> None:
-    """Refuses a pair that does not say which units it kept: a guess would make a model of mismatched weights."""
-    own = {"layers"} | ({"hidden"} if manifest.basis == "pca" else set())  # those in the manifest; those in order
-    for axis, size in manifest.sizes(small).items():
-        if size != large[axis] and axis not in own and axis not in orders:
-            raise IntegrityError(f"the index maps do not say which {axis} units anchor {small.name!r} keeps")
-
-
-def read_index_map(anchor: Anchor, path: Path) -> IndexMap:
-    """Reads back the one index map that :func:`save_index_maps` wrote for an anchor (a build's own record)."""
-    orders: dict[str, np.ndarray] = {}
-    energy: dict[str, np.ndarray] = {}
-    for key, value in load_file(path).items():
-        _, kind, what = key.split("/", 2)
-        (orders if kind == "order" else energy)[what] = value
-    return IndexMap(np.array(anchor.layer_order, dtype=np.int64), orders, energy)
-
-
-def _check_order(key: str, order: np.ndarray, axis: str, sizes: Mapping[str, int]) -> None:
-    shape = (sizes["hidden"],) if axis == "hidden" else (sizes["layers"], sizes[axis])
-    if order.dtype != np.int32 or order.shape != shape or not (np.sort(order) == np.arange(shape[-1])).all():
-        raise IntegrityError(f"{key!r} must be int32 {shape}, each row a permutation of its {shape[-1]} {axis} units")
-
-
-def _check_energy(key: str, energy: np.ndarray, gain: str, sizes: Mapping[str, int]) -> None:
-    shape = (sizes["layers"], sizes["hidden"]) if "*" in gain else (sizes["hidden"],)
-    if energy.dtype != np.float32 or energy.shape != shape or not np.isfinite(energy).all() or (energy < 0).any():
-        raise IntegrityError(f"{key!r} must be float32 {shape}, finite and not negative")

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_hub.assemble import Chain
 from cbd_hub.chain import MANIFEST_NAME
-from cbd_hub.data import DataConfig, load_documents, pack
+from cbd_hub.data import pack
+from cbd_hub.documents import DataConfig, load_documents
 from cbd_hub.errors import ChainNotFoundError, RecipeError
 from cbd_hub.evaluation import evaluate_loss
 

@@ -1,183 +1,42 @@
-"""Text to packed token blocks.
+"""Documents to packed token blocks.
 
-Text comes from files or from a dataset on the Hub and becomes *documents* (a dataset with one column,
-``text``). Whole documents are held out before anything is trained: ``validation`` chooses checkpoints and
-calibrates, ``test`` is only ever reported. The rest is tokenised, joined with an end-of-text token after
-every document and cut into *blocks* of equal length, so that no computation is spent on padding.
+Documents are tokenised, joined with an end-of-text token after every one and cut into *blocks* of equal length, so
+that no computation is spent on padding. Several sources are packed one by one and their blocks are mixed: all blocks
+are equally long, so shares of blocks are shares of tokens.
 
-Everything is deterministic: the same text gives the same splits, the same tokenizer and the same blocks.
+Everything is deterministic: the same text gives the same tokenizer and the same blocks.
 """
 
-import glob
-import hashlib
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value, disable_progress_bars, load_dataset
-from datasets.exceptions import DatasetsError
-from pydantic import BaseModel, Field, model_validator
+from datasets import DatasetInfo, Features, IterableDataset, List, Value, interleave_datasets
+from datasets.iterable_dataset import _BaseExamplesIterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from cbd_hub.errors import RecipeError, did_you_mean
+from cbd_hub.documents import Documents, follow_hub_progress_setting
+from cbd_hub.errors import RecipeError
 
-__all__ = [
-    "DataConfig",
-    "DatasetSource",
-    "Splits",
-    "load_documents",
-    "pack",
-    "split_documents",
-    "token_batches",
-    "train_tokenizer",
-]
-
-Documents: TypeAlias = Dataset | IterableDataset
+__all__ = ["block_batches", "mix", "pack", "token_batches", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
 _DOCUMENTS_PER_CALL = 32  # tokenised at once; bounds the Python lists of token ids that a tokenizer returns
 
 
-class DatasetSource(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """A text column of a dataset on the Hub, or of a local dataset folder."""
-
-    name: str
-    """Repo id on the Hub, or a folder of data files relative to the recipe."""
-    config: str | None = None
-    """Configuration (subset) of the dataset, where it has several."""
-    split: str = "train"
-    """Split to read; slices such as "train[:1%]" work too, except when streaming."""
-    column: str = "text"
-    """The column that holds the text, one document a row."""
-    revision: str | None = None
-    """Branch, tag or commit of the dataset repository; a commit makes the build repeatable."""
-
-
-class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """Which text a chain is distilled on: exactly one of `text_files` and `dataset`."""
-
-    text_files: str | list[str] | None = None
-    """Paths or glob patterns of UTF-8 text files, relative to the recipe's folder. Each file is one
-    document."""
-    dataset: DatasetSource | None = None
-    """A dataset to read the text from."""
-    sequence_length: int = Field(default=512, ge=2)
-    """Length of a block, in tokens."""
-    held_out_fraction: float = Field(default=0.1, gt=0, le=0.5)
-    """Share of the text that is never trained on, 0 to 0.5: half validates, half tests."""
-    streaming: bool = False
-    """Read the documents as they are needed instead of loading them first, for text larger than memory or
-    disk."""
-    seed: int = 0
-    """Decides which documents are held out."""
-
-    @model_validator(mode="after")
-    def _exactly_one_source(self) -> "DataConfig":
-        if bool(self.text_files) == (self.dataset is not None):
-            given = "both" if self.dataset else "neither"
-            raise ValueError(f"give exactly one of text_files and dataset, got {given}")
-        return self
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Documents of three disjoint splits."""
-
-    train: Documents
-    """Trained on."""
-    validation: Documents
-    """Chooses checkpoints and calibrates; never trained on."""
-    test: Documents
-    """Reported, and used for nothing else."""
-
-
-def load_documents(config: DataConfig, base_dir: str | Path = ".") -> Documents:
-    """Reads the documents of a data config into a dataset with the one column ``text``.
-
-    Files are read in the order of their paths, line ends become ``\\n``, and a single file is cut into
-    documents at its form feeds, if it has any. Rows of a dataset that are empty are left out.
-
-    Args:
-        config: what to read.
-        base_dir: folder that relative paths start from.
-
-    Returns:
-        a ``Dataset``, or with `config.streaming` an ``IterableDataset`` that reads one file or row at a time.
-
-    Raises:
-        RecipeError: nothing matches a pattern; a file cannot be read, is not UTF-8 or is empty; the dataset,
-            its split or its column does not exist.
-    """
-    _follow_hub_progress_setting()
-    if config.dataset is not None:
-        return _load_rows(config.dataset, Path(base_dir), config.streaming)
-    paths = _match_files(config.text_files or [], Path(base_dir))
-    if config.streaming:
-        return IterableDataset.from_generator(_read_documents, gen_kwargs={"paths": tuple(paths)})
-    return Dataset.from_list(list(_read_documents(paths)))
-
-
-def split_documents(documents: Documents, held_out_fraction: float, seed: int) -> Splits:
-    """Holds out whole documents, chosen by a hash of the seed and their text.
-
-    Documents are taken in the order of their hashes until ``held_out_fraction / 2`` of all characters are in
-    `validation`, then as many in `test`; the rest is `train`. Copies of one text share a hash and a split.
-    Where whole documents would leave less than half of the promised text to train on (one document, or very
-    few), every document is cut by position instead: its tail is held out, cut at a paragraph or a space.
-
-    A stream is never counted, so there each document is held out with probability `held_out_fraction`, by its
-    hash alone. Its held-out splits are as long as the stream allows: evaluate them with a limit.
-
-    Args:
-        documents: column ``text``.
-        held_out_fraction: share of the characters (of the documents, for a stream) held out, 0 to 0.5.
-        seed: another seed holds out other documents.
-
-    Raises:
-        RecipeError: `held_out_fraction` is out of range, or there is too little text for three splits.
-    """
-    if not 0 < held_out_fraction <= 0.5:
-        raise RecipeError(f"held_out_fraction must be above 0 and at most 0.5, got {held_out_fraction}.")
-    half = held_out_fraction / 2
-    if isinstance(documents, IterableDataset):
-
-        def between(low: float, high: float) -> IterableDataset:
-            return documents.filter(_hash_between, fn_kwargs={"seed": seed, "low": low, "high": high})
-
-        return Splits(between(2 * half, 1.0), validation=between(0.0, half), test=between(half, 2 * half))
-
-    hashes, lengths = [], []
-    for row in documents:
-        hashes.append(_hash(row["text"], seed))
-        lengths.append(len(row["text"]))
-    total = sum(lengths)
-    chosen: dict[str, list[int]] = {"validation": [], "test": [], "train": []}
-    held, previous, name = 0, -1.0, "validation"
-    for index in sorted(range(len(hashes)), key=lambda i: (hashes[i], i)):
-        if hashes[index] != previous:  # copies stay together
-            name = "validation" if held < half * total else "test" if held < 2 * half * total else "train"
-        chosen[name].append(index)
-        held, previous = held + lengths[index], hashes[index]
-    in_train = sum(lengths[index] for index in chosen["train"])
-    if all(chosen.values()) and in_train >= (1 - held_out_fraction) / 2 * total:
-        return Splits(**{name: documents.select(sorted(indices)) for name, indices in chosen.items()})
-    return _cut_by_position([row["text"] for row in documents], held_out_fraction)
-
-
-def train_tokenizer(documents: Documents, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: Iterable[Mapping[str, str]], vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer, which can spell any text and give it back unchanged.
 
     ``<|endoftext|>``, id 0, begins, ends and pads. The vocabulary holds all 256 bytes and merges of pairs
     seen at least twice, so little text may fill less than `vocab_size`: size a model by ``len(tokenizer)``.
 
     Args:
-        documents: column ``text``; of a split, pass `train`.
+        documents: rows with a column ``text``; of splits, pass `train`, and of several sources a chain of them.
         vocab_size: entries, special token included, at most; at least 257.
 
     Raises:
@@ -206,36 +65,50 @@ def train_tokenizer(documents: Documents, vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Documents:
+def pack(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, sequence_length: int, boundaries: bool = False
+) -> Documents:
     """Tokenises documents, writes an end-of-text token after each, and cuts the lot into blocks.
 
     Blocks cross document borders. The last tokens, fewer than a block, are left out. Text that spells a
     special token is read as that token, as everywhere in transformers. Blocks of documents in memory stay in
     memory; those of a dataset on disk are cached beside it.
 
+    A stream of blocks has ``state_dict`` and ``load_state_dict``: loaded into a stream packed alike, it yields exactly
+    the blocks that were still to come. At most 32 documents are tokenised again for it, and a source is read up to
+    the place within its file. Each worker of a data loader packs files of its own, so a state belongs to one worker
+    (``StatefulDataLoader`` of torchdata keeps them apart). The order is the same in every epoch.
+
     Args:
         documents: column ``text``.
         tokenizer: needs an ``eos_token``.
         sequence_length: S, tokens in a block.
+        boundaries: keep the documents of a block apart. Transformers then lets no token attend to another document,
+            given `position_ids` and no attention mask (:func:`cbd_hub.evaluation.evaluate_loss` refuses a model that
+            does not).
 
     Returns:
-        a dataset of the documents' kind with the one column ``input_ids``: (S,) int32 a row.
+        a dataset of the documents' kind with the one column ``input_ids``: (S,) int32 a row. With `boundaries` also
+        ``position_ids``, which start again at 0 with each document (and with each block, where one goes on), and
+        ``labels``: the ids, but -100 where the position is 0, so that no document is predicted from another.
 
     Raises:
         RecipeError: the tokenizer has no end-of-text token, or the text fills no block (for a stream: when
-            read).
+            read); when a stream is read: the state that it was given is another worker's.
 
     S sequence length.
     """
     if tokenizer.eos_token_id is None:
         raise RecipeError("The tokenizer has no eos_token, which ends a document; set tokenizer.eos_token.")
-    _follow_hub_progress_setting()
-    features = Features({"input_ids": List(Value("int32"), length=sequence_length)})
+    follow_hub_progress_setting()
+    columns = ("input_ids", "position_ids", "labels") if boundaries else ("input_ids",)
+    features = Features({name: List(Value("int32"), length=sequence_length) for name in columns})
+    packer = _Packer(tokenizer, sequence_length, boundaries)
     if isinstance(documents, IterableDataset):
-        arguments = {"documents": documents, "tokenizer": tokenizer, "sequence_length": sequence_length}
-        return IterableDataset.from_generator(_stream_blocks, features=features, gen_kwargs=arguments)
+        packed = _PackedExamples(documents._ex_iterable, packer)
+        return IterableDataset(packed, DatasetInfo(features=features), distributed=documents._distributed)
     blocks = documents.map(
-        _Packer(tokenizer, sequence_length),
+        packer,
         batched=True,
         batch_size=_DOCUMENTS_PER_CALL,
         remove_columns=documents.column_names,
@@ -248,115 +121,43 @@ def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, sequence_leng
     return blocks
 
 
-def token_batches(blocks: Documents | Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Yields packed blocks in order as LongTensors of shape (batch_size, S); the last may have fewer rows.
+def mix(blocks: Sequence[Documents], shares: Sequence[float], seed: int, repeat: bool = True) -> Documents:
+    """Mixes the packed blocks of several sources, each drawn with the probability that is its share of tokens.
+
+    Blocks of a source keep their order. In memory, 8 bytes a block of the mixture are needed beside the blocks.
 
     Args:
-        blocks: the result of :func:`pack`, or a tensor (N, S) of token ids.
+        blocks: what :func:`pack` returns, once a source; all in memory or all streams.
+        shares: probability of each, summing to 1 (:attr:`cbd_hub.documents.DataConfig.shares`).
+        seed: decides the order.
+        repeat: for training: a source that runs out starts again, until every block was used at least once. False is
+            for measurements: the mixture ends where the first source does, so no block counts twice.
+    """
+    if len(blocks) == 1:
+        return blocks[0]
+    stop = "all_exhausted" if repeat else "first_exhausted"
+    return interleave_datasets(list(blocks), probabilities=list(shares), seed=seed, stopping_strategy=stop)
+
+
+def block_batches(blocks: Documents | Tensor, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Yields packed blocks in order, every column as LongTensors of shape (batch_size, S); the last may be shorter.
+
+    Args:
+        blocks: the result of :func:`pack` or :func:`mix`, or a tensor (N, S) of token ids.
         batch_size: rows of a batch.
 
     N blocks, S sequence length.
     """
     if isinstance(blocks, Tensor):
-        yield from (batch.long() for batch in blocks.split(batch_size))
+        yield from ({"input_ids": batch.long()} for batch in blocks.split(batch_size))
         return
     for batch in blocks.with_format("numpy").iter(batch_size=batch_size):
-        yield torch.from_numpy(np.asarray(batch["input_ids"], dtype=np.int64))
+        yield {name: torch.from_numpy(np.asarray(rows, dtype=np.int64)) for name, rows in batch.items()}
 
 
-def _follow_hub_progress_setting() -> None:
-    """The variable that turns the Hub's progress bars off turns those of `datasets`, which has its own, off too."""
-    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        disable_progress_bars()
-
-
-def _match_files(patterns: str | list[str], base_dir: Path) -> list[Path]:
-    """All files that match any pattern, sorted by their path below `base_dir`, each once."""
-    matched: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        names = [
-            name for name in glob.glob(pattern, root_dir=base_dir, recursive=True) if not (base_dir / name).is_dir()
-        ]
-        if not names:
-            hint = "it is a folder: add /*.txt" if (base_dir / pattern).is_dir() else "check the path or pattern"
-            raise RecipeError(f"No text file matches {pattern!r} in {base_dir.resolve()}: {hint}.")
-        matched.update(Path(name).as_posix() for name in names)
-    return [base_dir / name for name in sorted(matched)]
-
-
-def _read_documents(paths: Sequence[Path]) -> Iterator[dict[str, str]]:
-    for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path} is not UTF-8 (byte {error.start}); convert it to UTF-8.") from error
-        except OSError as error:
-            raise RecipeError(f"{path} cannot be read: {error.strerror}.") from error
-        if not text.strip():
-            raise RecipeError(f"{path} is empty; remove it from text_files.")
-        pieces = text.split("\f") if len(paths) == 1 else [text]
-        yield from ({"text": piece} for piece in pieces if piece.strip())
-
-
-def _load_rows(source: DatasetSource, base_dir: Path, streaming: bool) -> Documents:
-    folder = base_dir / source.name
-    try:
-        path = str(folder) if folder.is_dir() else source.name
-        rows = load_dataset(path, source.config, split=source.split, revision=source.revision, streaming=streaming)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise RecipeError(f"The dataset {source.name!r} cannot be loaded: {error}") from error
-    columns = rows.column_names or list(next(iter(rows), {}))
-    if source.column not in columns:
-        raise RecipeError(
-            f"The dataset {source.name!r} has no column {source.column!r}, only {', '.join(columns) or 'none'}."
-            + did_you_mean(source.column, columns)
-        )
-    rows = rows.select_columns(source.column)
-    if source.column != "text":
-        rows = rows.rename_column(source.column, "text")
-    return rows.filter(_has_text, input_columns="text")
-
-
-def _has_text(text: object) -> bool:
-    return isinstance(text, str) and bool(text.strip())
-
-
-def _hash(text: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the seed and the text alone, on every machine."""
-    digest = hashlib.sha256(f"{seed}\n{text}".encode(errors="surrogatepass")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def _hash_between(row: dict[str, str], seed: int, low: float, high: float) -> bool:
-    return low <= _hash(row["text"], seed) < high
-
-
-def _cut_by_position(texts: list[str], held_out_fraction: float) -> Splits:
-    """Cuts the tail of every document off: its first half validates, its second half tests."""
-    pieces: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for text in texts:
-        first = _boundary(text, round(len(text) * (1 - held_out_fraction)))
-        second = max(first, _boundary(text, round(len(text) * (1 - held_out_fraction / 2))))
-        for name, piece in zip(pieces, (text[:first], text[first:second], text[second:]), strict=True):
-            if piece.strip():
-                pieces[name].append(piece)
-    for name, kept in pieces.items():
-        if not kept:
-            raise RecipeError(
-                f"Too little text: {sum(map(len, texts))} characters in {len(texts)} document(s) leave nothing for "
-                f"the {name} split (held_out_fraction {held_out_fraction}). Add text or raise held_out_fraction."
-            )
-    return Splits(**{name: Dataset.from_dict({"text": kept}) for name, kept in pieces.items()})
-
-
-def _boundary(text: str, position: int) -> int:
-    """The end of the last paragraph, or else of the last word, within 2 % before `position`; else `position`."""
-    start = position - len(text) // 50
-    for separator in ("\n\n", "\n", " "):
-        found = text.rfind(separator, start, position)
-        if found >= 0:
-            return found + len(separator)
-    return position
+def token_batches(blocks: Documents | Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Yields the token ids of packed blocks alone; see :func:`block_batches`."""
+    yield from (batch["input_ids"] for batch in block_batches(blocks, batch_size))
 
 
 def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -368,30 +169,93 @@ def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
 class _Packer:
     """Cuts batches of documents into blocks, keeping the tokens that fill no block for the next batch."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, boundaries: bool) -> None:
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
-        self.rest = np.empty(0, dtype=np.int32)
+        self.boundaries = boundaries
+        self.rest = np.empty((2, 0), dtype=np.int32)
+        """Token ids, and whether each is the first of its document."""
 
     def __call__(self, batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
-        ids = [np.asarray(ids, dtype=np.int32) for ids in _token_ids(batch["text"], self.tokenizer)]
-        tokens = np.concatenate([self.rest, *ids])
-        full = len(tokens) // self.sequence_length * self.sequence_length
-        self.rest = tokens[full:]
-        return {"input_ids": tokens[:full].reshape(-1, self.sequence_length)}
+        ids = _token_ids(batch["text"], self.tokenizer)
+        lengths = [len(document) for document in ids]
+        tokens = np.zeros((2, sum(lengths)), dtype=np.int32)
+        tokens[0] = np.concatenate(ids)
+        tokens[1, np.cumsum([0, *lengths[:-1]])] = 1
+        tokens = np.concatenate([self.rest, tokens], axis=1)
+        full = tokens.shape[1] // self.sequence_length * self.sequence_length
+        self.rest = tokens[:, full:]
+        blocks, first = tokens[:, :full].reshape(2, -1, self.sequence_length)
+        if not self.boundaries:
+            return {"input_ids": blocks}
+        place = np.arange(self.sequence_length, dtype=np.int32)
+        positions = place - np.maximum.accumulate(np.where(first, place, 0), axis=1)
+        return {"input_ids": blocks, "position_ids": positions, "labels": np.where(positions, blocks, -100)}
 
 
-def _stream_blocks(
-    documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, sequence_length: int
-) -> Iterator[dict[str, np.ndarray]]:
-    packer = _Packer(tokenizer, sequence_length)
-    empty = True
-    for batch in documents.iter(batch_size=_DOCUMENTS_PER_CALL):
-        for block in packer(batch)["input_ids"]:
-            empty = False
-            yield {"input_ids": block}
-    if empty:
-        raise _no_block(len(packer.rest), sequence_length)
+class _PackedExamples(_BaseExamplesIterable):  # the base of all streams of `datasets`, underscore or not
+    """Blocks of a stream of documents.
+
+    Its state is that of the documents before the batch that is being yielded, the tokens that were left over by then,
+    and how many blocks of the batch were yielded.
+    """
+
+    def __init__(self, documents: _BaseExamplesIterable, packer: _Packer, shard: str = "") -> None:
+        super().__init__()
+        self.ex_iterable = documents
+        self.packer = packer
+        self.shard = shard
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        packer = copy(self.packer)
+        state: dict[str, Any] = self._init_state_dict() if self._state_dict is None else self._state_dict
+        before, skipped = state["before"], state["blocks"]
+        if before is not None:
+            if before["shard"] != self.shard:
+                raise RecipeError(
+                    f"This state of a stream is that of worker {before['shard'] or '0 of 1'}, and worker "
+                    f"{self.shard or '0 of 1'} cannot go on from it; use as many data loader workers as before, each "
+                    "with its own state."
+                )
+            self.ex_iterable.load_state_dict(before["documents"])
+            packer.rest = np.frombuffer(bytes.fromhex(before["rest"]), dtype=np.int32).reshape(2, -1)
+        is_new = before is None and not skipped
+        documents = iter(self.ex_iterable)
+        while texts := [row["text"] for _, row in islice(documents, _DOCUMENTS_PER_CALL)]:
+            columns = packer({"text": texts})
+            for block in range(skipped, len(columns["input_ids"])):
+                is_new, state["blocks"] = False, block + 1
+                yield str(block), {name: rows[block] for name, rows in columns.items()}
+            rest = packer.rest.tobytes().hex()  # immutable, so copying a state costs nothing
+            state["before"] = {"documents": self.ex_iterable.state_dict(), "rest": rest, "shard": self.shard}
+            skipped = state["blocks"] = 0
+        if is_new:
+            raise _no_block(packer.rest.shape[1], packer.sequence_length)
+
+    def _init_state_dict(self) -> dict[str, Any]:
+        self.ex_iterable._init_state_dict()
+        self._state_dict = {"before": None, "blocks": 0, "type": type(self).__name__}
+        return self._state_dict
+
+    @property
+    def num_shards(self) -> int:
+        """As many as the documents have: files, as a rule."""
+        return int(self.ex_iterable.num_shards)
+
+    def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> "_PackedExamples":
+        """The part that one of several workers or nodes packs."""
+        documents = self.ex_iterable.shard_data_sources(num_shards, index, contiguous=contiguous)
+        own = [self.shard] if self.shard else []
+        own += [f"{index} of {num_shards}"] if num_shards > 1 else []
+        return _PackedExamples(documents, self.packer, ", ".join(own))
+
+    def shuffle_data_sources(self, generator: np.random.Generator) -> "_PackedExamples":
+        """The same: every epoch has the order of the first."""
+        return self
+
+    def reshard_data_sources(self) -> "_PackedExamples":
+        """The same: files are not taken apart."""
+        return self
 
 
 def _no_block(had: int, needed: int) -> RecipeError:

@@ -6,18 +6,20 @@ between them: a chain interpolates well when the curve lies on or below the stra
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub.utils.tqdm import tqdm
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cbd_hub.data import token_batches
+from cbd_hub.data import block_batches
 from cbd_hub.errors import RecipeError
 from cbd_hub.losses import distillation_loss, hidden_and_head
 
@@ -55,7 +57,8 @@ def evaluate_loss(
 ) -> Evaluation:
     """Mean next-token cross-entropy of a causal language model over packed blocks.
 
-    Every token but the first of each block is predicted. Softmaxes are computed in float32, a few hundred tokens
+    Every token but the first of each block is predicted; of blocks packed with ``boundaries``, every token but the
+    first of each document, from its own document alone. Softmaxes are computed in float32, a few hundred tokens
     at a time; sums are kept in float64. The model's train or eval mode is left as it was.
 
     Args:
@@ -67,7 +70,8 @@ def evaluate_loss(
             counts), so that a part of a large text, or of a stream, is measured.
 
     Raises:
-        RecipeError: there is no block, or a block has a single token, which predicts nothing.
+        RecipeError: no block predicts a token (there is none, or each has a single token), or the blocks have document
+            boundaries and the model ignores them.
 
     N blocks, S sequence length.
     """
@@ -76,22 +80,68 @@ def evaluate_loss(
     model.eval()
     try:
         with torch.inference_mode():
-            for batch in render_progress(token_batches(blocks, batch_size), "Evaluating", enabled=progress):
-                predicted = batch.shape[1] - 1
-                if predicted and max_tokens is not None:
-                    batch = batch[: max((max_tokens - num_tokens) // predicted, 0 if num_tokens else 1)]
-                if not predicted or not len(batch):
+            for batch in render_progress(block_batches(blocks, batch_size), "Evaluating", enabled=progress):
+                batch = {"labels": batch["input_ids"], **batch}
+                predicted = (batch["labels"][:, 1:] != -100).sum(1).cumsum(0)
+                if not predicted.any():
+                    continue
+                rows = len(predicted)
+                if max_tokens is not None:
+                    rows = max(int((predicted + num_tokens <= max_tokens).sum()), 0 if num_tokens else 1)
+                if rows:
+                    batch = {name: values[:rows].to(model.device) for name, values in batch.items()}
+                    positions = batch.get("position_ids")
+                    if positions is not None and not num_tokens:
+                        _check_boundaries(model)
+                    with _at_positions(model, positions):
+                        hidden, head = hidden_and_head(model, batch["input_ids"])
+                    terms = distillation_loss(hidden, head, None, None, batch["labels"], num_items=1)
+                    total += terms.ce.item()
+                    num_tokens += terms.num_tokens
+                if rows < len(predicted):
                     break
-                batch = batch.to(model.device)
-                terms = distillation_loss(*hidden_and_head(model, batch), None, None, batch, num_items=1)
-                total += terms.ce.item()
-                num_tokens += terms.num_tokens
     finally:
         model.train(was_training)
     if not num_tokens:
         raise RecipeError("There is nothing to evaluate on: pass one block of two tokens or more.")
     loss = total / num_tokens
     return Evaluation(loss, math.exp(loss) if loss < 700 else math.inf, num_tokens)
+
+
+@contextmanager
+def _at_positions(model: PreTrainedModel, position_ids: Tensor | None) -> Iterator[None]:
+    """Has a model read its tokens at the given positions (B, S), however it is called."""
+    if position_ids is None:
+        yield
+        return
+
+    def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "position_ids": position_ids}
+
+    hook = model.base_model.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _check_boundaries(model: PreTrainedModel) -> None:
+    """Refuses a model that lets a document see the one before it: transformers' OPT does, and any without positions.
+
+    Two blocks whose second documents are the same, but not their first ones, must agree there.
+    """
+    if "position_ids" in signature(type(model.base_model).forward).parameters:
+        ids = (
+            torch.tensor([[1, 2, 3, 4], [5, 6, 3, 4]], device=model.device) % model.config.get_text_config().vocab_size
+        )
+        with _at_positions(model, torch.tensor([[0, 1, 0, 1]] * 2, device=model.device)):
+            one, other = hidden_and_head(model, ids)[0].float()
+        apart = (one - other).abs().amax(1)
+        if apart[2:].max() <= 1e-3 * apart[:2].max():  # 0, but for the rounding of a fused kernel
+            return
+    raise RecipeError(
+        f"{type(model).__name__} does not keep the documents of a block apart; set document_boundaries to false."
+    )
 
 
 def render_progress(

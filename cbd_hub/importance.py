@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 
 from cbd_hub.axes import Layout, product
 from cbd_hub.axis_map import AxisMap
-from cbd_hub.chain import IndexMap
 from cbd_hub.data import token_batches
 from cbd_hub.errors import AxisMapError, RecipeError, SizeError
 from cbd_hub.evaluation import evaluate_loss, render_progress
+from cbd_hub.index_maps import IndexMap
 from cbd_hub.sizing import Sizes
 
 __all__ = ["Statistics", "bypass_layers", "collect", "from_weights", "observe", "rank", "token_energy"]
@@ -177,7 +177,7 @@ def collect(
         for name, pattern, _ in axis_map.names(sizes)
         if pattern in consumers or pattern in gains
     }
-    layer_names = [f"{_layers_name(axis_map)}.{layer}" for layer in range(sizes["layers"])]
+    layer_names = [f"{axis_map.layers_name}.{layer}" for layer in range(sizes["layers"])]
     num_tokens = observe(model, blocks, batch_size, before, {name: turns(name) for name in layer_names})
     means = {name: (value / num_tokens).cpu().numpy() for name, value in sums.items()}
     if bad := [name for name, mean in means.items() if not np.isfinite(mean).all()]:
@@ -255,7 +255,7 @@ def bypass_layers(model: PreTrainedModel, axis_map: AxisMap, layers: Collection[
     def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
-    stack = model.get_submodule(_layers_name(axis_map))
+    stack = model.get_submodule(axis_map.layers_name)
     modules: list[nn.Module] = [stack.get_submodule(str(layer)) for layer in layers]
     previous = [vars(module).get("forward") for module in modules]
     try:
@@ -376,11 +376,6 @@ def _best_first(importance: np.ndarray) -> np.ndarray:
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _layers_name(axis_map: AxisMap) -> str:
-    """The module that holds the layers, e.g. ``model.layers``."""
-    return next(pattern for pattern in axis_map.tensors if "*" in pattern).split(".*")[0]
 
 
 def _unit_axes(axis_map: AxisMap) -> list[str]:

@@ -5,20 +5,24 @@ Everything here is a function of the recipe alone, so that a build that is gone 
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
+from datasets import IterableDataset
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.architectures import axis_map_for
 from cbd_hub.chain import Training
-from cbd_hub.data import Documents, Splits, load_documents, pack, split_documents, token_batches, train_tokenizer
+from cbd_hub.data import mix, pack, token_batches, train_tokenizer
 from cbd_hub.distill import distill
+from cbd_hub.documents import Documents
 from cbd_hub.errors import RecipeError
-from cbd_hub.recipe import Recipe
+from cbd_hub.recipe import Recipe, TrainTokenizer
+from cbd_hub.refit import REFIT_TOKENS
+from cbd_hub.splits import Splits, load_splits
 
 __all__ = ["Ingredients", "Text"]
 
@@ -40,8 +44,8 @@ class Ingredients:
         self.base = base
 
     @cached_property
-    def splits(self) -> Splits:
-        """Documents to train on, to choose by, and to report on.
+    def splits(self) -> list[Splits]:
+        """Documents to train on, to choose by, and to report on, of each source of text.
 
         Raises:
             RecipeError: The recipe has no data, or its text cannot be read or split.
@@ -49,7 +53,8 @@ class Ingredients:
         data = self.recipe.data
         if data is None:
             raise RecipeError("the recipe has no `data`, and something in it needs text")
-        return split_documents(load_documents(data, self.base), data.held_out_fraction, data.seed)
+        trained = isinstance(self.recipe.tokenizer, TrainTokenizer)  # on these very splits, so not there yet
+        return load_splits(data, self.base, None if trained else self.tokenizer)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -65,7 +70,7 @@ class Ingredients:
             if (found := _load_tokenizer(self._local(wanted))) is None:
                 raise RecipeError(f"{wanted!r} holds no tokenizer; name a folder or a repo id with one")
             return found
-        return train_tokenizer(self.splits.train, wanted.vocab_size)
+        return train_tokenizer(chain.from_iterable(s.train for s in self.splits), wanted.vocab_size)
 
     @cached_property
     def text(self) -> Text | None:
@@ -74,21 +79,51 @@ class Ingredients:
         Raises:
             RecipeError: There is no tokenizer, or too little text for one block.
         """
-        if self.recipe.data is None:
+        data, tokenizer = self.recipe.data, self.tokenizer
+        if data is None:
             return None
-        if self.tokenizer is None:
+        if tokenizer is None:
             raise RecipeError("the recipe has `data` but no `tokenizer`; name one, or train one: {vocab_size: 4096}")
-        length = self.recipe.data.sequence_length
-        return Text(
-            *(pack(s, self.tokenizer, length) for s in (self.splits.train, self.splits.validation, self.splits.test))
+
+        def blocks(name: str) -> Documents:
+            documents = [getattr(splits, name) for splits in self.splits]
+            packed = [pack(d, tokenizer, data.sequence_length, data.document_boundaries) for d in documents]
+            return mix(packed, data.shares, data.seed, repeat=name == "train")
+
+        return Text(blocks("train"), blocks("validation"), blocks("test"))
+
+    @cached_property
+    def validation(self) -> Documents | None:
+        """The validation blocks that checkpoints are chosen by: all, or as many as ``evaluation.tokens`` allows."""
+        if self.text is None or self.recipe.evaluation.tokens is None or self.recipe.data is None:
+            return None if self.text is None else self.text.validation
+        rows = max(1, self.recipe.evaluation.tokens // (self.recipe.data.sequence_length - 1))
+        blocks = self.text.validation
+        return (
+            blocks.take(rows) if isinstance(blocks, IterableDataset) else blocks.select(range(min(rows, len(blocks))))
         )
 
     def calibration(self) -> torch.Tensor | None:
-        """Token ids (N, S) of the validation text, for importance and basis; None without text."""
-        if self.text is None or self.recipe.calibration_tokens == 0:
+        """Token ids (N, S) of the validation text, for importance, basis and refit; None without text."""
+        return self._validation_tokens(self.recipe.calibration_tokens)
+
+    def shipped_calibration(self) -> torch.Tensor | None:
+        """Token ids (N, S) that the chain ships for ``refine``: 32,768, or what calibration has if that is more."""
+        return self._validation_tokens(self.recipe.calibration_tokens and max(32_768, self.recipe.calibration_tokens))
+
+    def _validation_tokens(self, most: int) -> torch.Tensor | None:
+        if self.text is None or self.recipe.data is None or not most:
             return None
-        rows = max(1, self.recipe.calibration_tokens // self.recipe.data.sequence_length)  # type: ignore[union-attr]
+        rows = max(1, most // self.recipe.data.sequence_length)
         return torch.cat(list(islice(token_batches(self.text.validation, 1), rows)))
+
+    def refit_blocks(self) -> torch.Tensor | None:
+        """Token ids (N, S) of the training text for the refit of a start: never those that checkpoints are chosen by,
+        which a least-squares fit would overfit unseen."""
+        if self.text is None or self.recipe.data is None:
+            return None
+        rows = max(1, REFIT_TOKENS // self.recipe.data.sequence_length)
+        return torch.cat(list(islice(token_batches(self.text.train, 1), rows)))
 
     def _local(self, place: str) -> str:
         path = (self.base / Path(place).expanduser()).resolve()
@@ -96,6 +131,30 @@ class Ingredients:
 
     def _model_place(self) -> str:
         return self._local(str(self.recipe.source.model))
+
+    def checkpoint(self, place: str, revision: str | None) -> PreTrainedModel:
+        """Loads a model in float32 from a folder or the Hub.
+
+        Raises:
+            RecipeError: It cannot be loaded, or has no safetensors weights.
+        """
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                self._local(place), revision=revision, dtype=torch.float32, use_safetensors=True
+            ).eval()
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"the model {place!r} cannot be loaded: {error}") from error
+
+    def checkpoint_config(self, place: str, revision: str | None) -> PreTrainedConfig:
+        """Loads a model's config alone.
+
+        Raises:
+            RecipeError: It cannot be loaded.
+        """
+        try:
+            return AutoConfig.from_pretrained(self._local(place), revision=revision)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"the config of {place!r} cannot be loaded: {error}") from error
 
     def source(self, work_dir: Path, progress: bool) -> tuple[PreTrainedModel, Training | None]:
         """Loads the source model in float32, or trains it from scratch.
@@ -105,13 +164,7 @@ class Ingredients:
         """
         source = self.recipe.source
         if source.model is not None:
-            try:
-                model = AutoModelForCausalLM.from_pretrained(
-                    self._model_place(), revision=source.revision, dtype=torch.float32, use_safetensors=True
-                )
-            except (OSError, ValueError) as error:
-                raise RecipeError(f"the source {source.model!r} cannot be loaded: {error}") from error
-            return model.eval(), None
+            return self.checkpoint(source.model, source.revision), None
         train = source.train
         if train is None or self.tokenizer is None or self.text is None:
             raise RecipeError("a source trained from scratch needs `source.train`, `tokenizer` and `data`")
@@ -128,7 +181,7 @@ class Ingredients:
             model,
             None,
             self.text.train,
-            self.text.validation,
+            self.validation,
             train.training,
             work_dir=work_dir,
             progress=progress,

@@ -1,13 +1,14 @@
 """Distillation losses, chunked over tokens so that full-vocabulary logits never pile up.
 
 A batch of 8 x 512 tokens over 49,152 words is 0.8 GB of float32 logits, and a student, a teacher and their
-softmaxes need several such tensors. Yet the loss is a sum over tokens, so it can be walked a few hundred
+softmaxes need several such tensors. Yet the loss is a sum over tokens, so it can be walked a hundred
 tokens at a time. For a linear head the gradient of each chunk has a closed form,
 
     d CE / d logits = softmax(z) - onehot(label)        d KL / d logits = (softmax(z/T) - softmax(t/T)) / T,
 
-so it is taken while the chunk's logits exist and nothing has to be kept or computed again for the backward
-pass. Any other head is walked with activation checkpointing, which costs a second forward pass of the head.
+(:mod:`cbd_hub.divergences` has those of the other divergences), so it is taken while the chunk's logits exist
+and nothing has to be kept or computed again for the backward pass. Any other head is walked with activation
+checkpointing, which costs a second forward pass of the head.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from cbd_hub.divergences import Divergence, DivergenceName
 from cbd_hub.errors import RecipeError
 
 __all__ = ["Head", "LossTerms", "distillation_loss", "hidden_and_head", "hidden_state_loss"]
@@ -46,7 +48,8 @@ class LossTerms(NamedTuple):
     ce: Tensor
     """Cross-entropy with the labels, unweighted. Scalar, detached."""
     kl: Tensor
-    """``T^2 * KL(teacher || student)``, unweighted; 0 without a teacher. Scalar, detached."""
+    """T^2 times the chosen divergence, by default KL(teacher || student), unweighted; 0 without a teacher. Scalar,
+    detached."""
     num_tokens: int
     """Predicted tokens in this batch (labels that are not -100, less the first column)."""
 
@@ -92,18 +95,21 @@ def distillation_loss(
     *,
     ce: float = 1.0,
     kl: float = 1.0,
+    divergence: DivergenceName = "forward_kl",
+    skew: float = 0.1,
     temperature: float = 1.0,
     num_items: int | Tensor | None = None,
-    chunk_tokens: int = 512,
+    chunk_tokens: int = 128,
 ) -> LossTerms:
-    """Cross-entropy with the labels plus forward KL from a teacher, both per predicted token.
+    """Cross-entropy with the labels plus a divergence from a teacher, both per predicted token.
 
-        loss = sum over predicted tokens of (ce * CE + kl * T^2 * KL(teacher_T || student_T)) / num_items
+        loss = sum over predicted tokens of (ce * CE + kl * T^2 * D(teacher_T, student_T)) / num_items
 
     after Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), whose T^2 keeps the gradient's
-    size independent of T. The KL is summed over the vocabulary, never averaged, so both terms are in nats and
-    comparable. The softmaxes are computed in float32 (float64 for float64 input) whatever the dtype of the
-    model. Only positions that predict a label are computed. No gradient reaches the teacher.
+    size independent of T. D is KL(teacher || student) unless `divergence` says otherwise. It is summed over the
+    vocabulary, never averaged, so both terms are in nats and comparable. The softmaxes are computed in float32
+    (float64 for float64 input) whatever the dtype of the model. Only positions that predict a label are
+    computed. No gradient reaches the teacher.
 
     Args:
         student_hidden: (B, S, Hs).
@@ -112,16 +118,19 @@ def distillation_loss(
         teacher_head: maps (N, Ht) to (N, V), or None.
         labels: (B, S) token ids, not shifted: position t predicts ``labels[:, t + 1]``. -100 is ignored.
         ce: weight of the cross-entropy.
-        kl: weight of the KL term.
-        temperature: T, softens both distributions of the KL term.
+        kl: weight of the divergence, whichever it is.
+        divergence: one of those of :meth:`cbd_hub.divergences.Divergence.named`, which has their formulas.
+        skew: share of the other distribution that the two skewed divergences mix in, in [0, 1).
+        temperature: T, softens both distributions of the divergence.
         num_items: predicted tokens of the whole optimiser step, over all accumulated micro batches (and
             devices); then the summed gradient does not depend on how the step is cut. By default those of
             this batch.
-        chunk_tokens: tokens whose logits exist at once; memory is a few times ``chunk_tokens * V * 4`` bytes.
+        chunk_tokens: tokens whose logits exist at once; memory is about eight times ``chunk_tokens * V * 4`` bytes.
+            Fewer than 64 make the head's matrix products slower.
 
     Raises:
-        RecipeError: shapes or vocabularies disagree, one teacher argument is missing, or a number is out of
-            range.
+        RecipeError: shapes or vocabularies disagree, one teacher argument is missing, a number is out of range,
+            or there is no such divergence.
 
     B batch, S sequence, N tokens of a chunk, Hs / Ht hidden size of student / teacher, V vocabulary.
     """
@@ -144,6 +153,7 @@ def distillation_loss(
         teacher_head=teacher_head,
         ce=ce,
         kl=kl,
+        divergence=Divergence.named(divergence, skew),
         temperature=temperature,
         chunk_tokens=chunk_tokens,
     )
@@ -238,6 +248,7 @@ class _Objective:
     teacher_head: Head | None
     ce: float
     kl: float
+    divergence: Divergence
     temperature: float
     chunk_tokens: int
 
@@ -257,39 +268,43 @@ class _Objective:
                 f"The student's vocabulary has {logits.shape[-1]} entries, the teacher's {teacher.shape[-1]}. KL "
                 "needs one vocabulary: use one tokenizer, and resize a padded embedding to the other's size."
             )
-        return torch.log_softmax(teacher.to(_wide(logits.dtype)) / self.temperature, -1)
+        return self.log_probabilities(teacher.to(_wide(logits.dtype)))
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """``log_softmax(logits / T)``, both (n, V)."""
+        return torch.log_softmax(logits if self.temperature == 1 else logits / self.temperature, -1)
 
     def sums(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted sum, CE and KL summed over some rows; differentiable in `logits` (n, V)."""
+        """Weighted sum, CE and divergence summed over some rows; differentiable in `logits` (n, V)."""
         target = self.teacher_log_probabilities(rows, logits)
         logits = logits.to(_wide(logits.dtype))
         ce = F.cross_entropy(logits, self.labels[rows], reduction="sum")
         kl = ce.new_zeros(())
         if target is not None:
-            log_q = torch.log_softmax(logits / self.temperature, -1)
-            kl = self.temperature**2 * F.kl_div(log_q, target, reduction="sum", log_target=True)
+            kl = self.temperature**2 * self.divergence.value(target, self.log_probabilities(logits))
         return self.ce * ce + self.kl * kl, ce, kl
 
     def sums_and_gradient(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """CE and KL summed over some rows, and the weighted sum's gradient (n, V) in the logits, in closed form."""
+        """CE and divergence over some rows, and the weighted sum's gradient (n, V) in the logits, in closed form."""
         target = self.teacher_log_probabilities(rows, logits)
         logits = logits.to(_wide(logits.dtype))
         labels = self.labels[rows, None]
         log_p = torch.log_softmax(logits, -1)
         ce = -log_p.gather(1, labels).sum()
-        gradient = log_p.exp().mul_(self.ce)
-        gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, -self.ce))
+        log_q = log_p if self.temperature == 1 or target is None else self.log_probabilities(logits)
         kl = ce.new_zeros(())
-        if target is not None:
-            log_q = log_p if self.temperature == 1 else torch.log_softmax(logits / self.temperature, -1)
-            p = target.exp()
-            gradient.add_(log_q.exp().sub_(p), alpha=self.kl * self.temperature)
-            kl = self.temperature**2 * target.sub_(log_q).mul_(p).sum()
+        if target is None:
+            gradient = log_p.exp().mul_(self.ce)
+        else:
+            value, gradient = self.divergence.value_and_gradient(target, log_q)
+            kl = self.temperature**2 * value
+            gradient.mul_(self.kl * self.temperature).add_(log_p.exp(), alpha=self.ce)
+        gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, -self.ce))
         return ce, kl, gradient
 
 
 def _any_head_sums(hidden: Tensor, head: Head, objective: _Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum, CE and KL over all tokens, for any head; each chunk is computed again in the backward pass."""
+    """Weighted sum, CE and divergence over all tokens, for any head; the backward pass computes each chunk again."""
 
     def sums(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         return objective.sums(head(hidden[rows]), rows)
@@ -306,7 +321,7 @@ class _LinearHeadSums(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, objective: _Objective
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Args: hidden (N, H), weight (V, H), bias (V,). Returns the weighted sum, CE and KL."""
+        """Args: hidden (N, H), weight (V, H), bias (V,). Returns the weighted sum, CE and divergence."""
         inputs = (hidden, weight, bias)
         gradients = [
             torch.zeros_like(x, dtype=_wide(x.dtype)) if x is not None and needed else None
@@ -324,7 +339,11 @@ class _LinearHeadSums(torch.autograd.Function):
             if in_hidden is not None:
                 in_hidden[rows] = (gradient @ weight).to(in_hidden.dtype)
             if in_weight is not None:
-                in_weight += gradient.T @ hidden[rows]
+                if in_weight.dtype == gradient.dtype == hidden.dtype:
+                    in_weight.addmm_(gradient.T, hidden[rows])  # without a second (V, H)
+                else:
+                    in_weight += gradient.T @ hidden[rows]
+            del logits, gradient  # or they would live beside the next chunk's
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(ce, kl)

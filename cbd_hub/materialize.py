@@ -17,9 +17,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from transformers.utils import logging
 
 from cbd_hub.axis_map import AxisMap
-from cbd_hub.chain import IndexMap
 from cbd_hub.checkpoints import DTYPES
 from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
+from cbd_hub.index_maps import IndexMap
 from cbd_hub.operations import TensorOp
 from cbd_hub.plan import Plan
 from cbd_hub.sizing import Sizes

@@ -11,7 +11,7 @@ from math import sqrt
 import numpy as np
 
 from cbd_hub.axis_map import AxisMap
-from cbd_hub.chain import IndexMap
+from cbd_hub.index_maps import IndexMap
 from cbd_hub.sizing import Sizes
 
 __all__ = ["TensorOp", "list_operations"]

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from cbd_hub.axis_map import AxisMap
-from cbd_hub.chain import Anchor, IndexMap, Manifest
+from cbd_hub.chain import Anchor, Manifest
 from cbd_hub.errors import AxisMapError, SizeError, did_you_mean
+from cbd_hub.index_maps import IndexMap
 from cbd_hub.operations import TensorOp, list_operations
 from cbd_hub.sizing import Sizes, count_parameters, format_count, parse_count, solve
 
@@ -54,6 +55,8 @@ class Plan:
     sizes: Mapping[str, int] = field(default_factory=dict, repr=False)
     """Sizes by axis."""
     index_map: IndexMap | None = field(default=None, repr=False)
+    own_weight: float = 1.0
+    """Weight with which units that only the large anchor has write into the residual stream."""
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain JSON values; operations as name, shape and kind."""
@@ -160,7 +163,7 @@ def make_plan(
     weight = {"expand": 1.0, "prune": 0.0}.get(chosen, weight)
     if own is not None and (small is large or weight == (1.0 if own is small else 0.0)):
         small = large = own
-        chosen, weight, index_map = "anchor", 1.0, None
+        chosen, weight, index_map, own_weight = "anchor", 1.0, None, 1.0
         operations = tuple(
             TensorOp(n, p, axis_map.layout(p).shape(sizes), n, None) for n, p, _ in axis_map.names(sizes)
         )
@@ -185,6 +188,7 @@ def make_plan(
         notes=tuple(notes),
         sizes=sizes,
         index_map=index_map,
+        own_weight=own_weight,
     )
 
 
@@ -229,7 +233,8 @@ def _pair_for_count(
         )
     i = next(i for i, count in enumerate(counts) if count < target)
     small, large = anchors[i], anchors[i - 1]
-    return small, large, solve(axis_map, target, manifest.sizes(small), manifest.sizes(large), tolerance)
+    pair = manifest.sizes(small), manifest.sizes(large)
+    return small, large, solve(axis_map, target, *pair, tolerance, shallow=manifest.layers_last)
 
 
 def _pair_for_shape(

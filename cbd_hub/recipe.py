@@ -13,10 +13,10 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cbd_hub.axis_map import AxisMap
-from cbd_hub.data import DataConfig
 from cbd_hub.distill import DistillationConfig, TokenCount
+from cbd_hub.documents import DataConfig
 from cbd_hub.errors import RecipeError, did_you_mean
-from cbd_hub.sizing import parse_count
+from cbd_hub.sizing import WAYPOINTS, parse_count
 
 __all__ = [
     "AnchorSpec",
@@ -24,6 +24,7 @@ __all__ = [
     "HubConfig",
     "Recipe",
     "Source",
+    "Spread",
     "TrainSource",
     "TrainTokenizer",
     "load_recipe",
@@ -93,7 +94,7 @@ def _read_size(value: Any) -> Any:
 
 
 class AnchorSpec(_Strict):
-    """One anchor below the source: exactly one of ``fraction``, ``num_parameters`` and ``shape``."""
+    """One anchor below the source: exactly one of ``fraction``, ``num_parameters``, ``shape`` and ``init``."""
 
     fraction: float | None = Field(default=None, gt=0, lt=1)
     """Size as a fraction of the larger neighbour's parameters."""
@@ -101,6 +102,12 @@ class AnchorSpec(_Strict):
     """Size as a parameter count, e.g. ``"117M"``."""
     shape: dict[str, Annotated[int, Field(gt=0)]] | None = None
     """Config fields; those left out are the larger neighbour's."""
+    init: str | None = None
+    """A checkpoint (folder or repo id) to start from instead of a subset of the larger neighbour."""
+    revision: str | None = None
+    """Branch, tag or commit of ``init``."""
+    align: bool = True
+    """Write ``init`` in its neighbour's units first (:mod:`cbd_hub.align`); False takes it as it is."""
     name: Name | None = None
     """By default the recipe's name and the size."""
     tokens: TokenCount | None = None
@@ -108,17 +115,32 @@ class AnchorSpec(_Strict):
 
     @model_validator(mode="after")
     def _one(self) -> "AnchorSpec":
-        given = [name for name in ("fraction", "num_parameters", "shape") if getattr(self, name) is not None]
+        ways = ("fraction", "num_parameters", "shape", "init")
+        given = [name for name in ways if getattr(self, name) is not None]
         if len(given) != 1:
             got = " and ".join(given) or "none"
-            raise ValueError(f"give exactly one of fraction, num_parameters and shape, got {got}")
+            raise ValueError(f"give exactly one of fraction, num_parameters, shape and init, got {got}")
+        if self.init is None and self.revision is not None:
+            raise ValueError("revision belongs to init, and there is none")
         return self
+
+
+class Spread(_Strict):
+    """How a reduction is spread over depth, width, heads and ffn units; the defaults follow measurements."""
+
+    waypoints: list[dict[str, Annotated[float, Field(gt=0, le=1)]]] = Field(
+        default=[dict(point) for point in WAYPOINTS], min_length=1
+    )
+    """For anchors: axis → fraction of the larger neighbour, each point below the one before; see
+    :data:`cbd_hub.sizing.WAYPOINTS`. An anchor's own ``shape`` overrides them."""
+    layers_last: bool = True
+    """For models between two anchors: add ffn units before layers; False moves every axis along the straight line."""
 
 
 class EvaluationConfig(_Strict):
     """How the finished chain is measured on held-out text."""
 
-    tokens: Annotated[int, Field(gt=0)] | None = None
+    tokens: Annotated[TokenCount, Field(gt=0)] | None = None
     """Most predicted tokens a measurement; None takes all held-out text."""
     curve_points: int = Field(default=4, ge=0, le=100)
     """Sizes measured between every two anchors."""
@@ -152,6 +174,10 @@ class Recipe(_Strict):
     """How every anchor is trained."""
     calibration_tokens: int = Field(default=16_384, ge=0)
     """Validation tokens that importance and basis are measured on; 0 ranks by weights alone, which is much worse."""
+    spread: Spread = Spread()
+    """Which axes shrink first."""
+    refit: bool = True
+    """Fit a cut anchor's output projections to its neighbour by least squares before it is distilled."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How the chain is measured."""
     hub: HubConfig | None = None

@@ -19,18 +19,9 @@ from transformers import PreTrainedModel
 
 from cbd_hub.architectures import axis_map_for
 from cbd_hub.axis_map import AxisMap
-from cbd_hub.chain import (
-    CHECKSUMS_NAME,
-    INDEX_MAPS_NAME,
-    MANIFEST_NAME,
-    Anchor,
-    IndexMap,
-    Manifest,
-    file_entry,
-    save_index_maps,
-    write_manifest,
-)
+from cbd_hub.chain import CHECKSUMS_NAME, INDEX_MAPS_NAME, MANIFEST_NAME, Anchor, Manifest, file_entry, write_manifest
 from cbd_hub.checkpoints import checksum
+from cbd_hub.index_maps import IndexMap, save_index_maps
 from cbd_hub.materialize import build_model, make_tensor, target_config
 from cbd_hub.plan import plan_subset
 from cbd_hub.sizing import count_parameters

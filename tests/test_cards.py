@@ -21,14 +21,13 @@ from cbd_hub.chain import (
     CurvePoint,
     Evaluation,
     FileEntry,
-    IndexMap,
     Manifest,
     Training,
     file_entry,
-    save_index_maps,
     write_manifest,
 )
 from cbd_hub.data import train_tokenizer
+from cbd_hub.index_maps import IndexMap, save_index_maps
 from cbd_hub.plan import Plan, make_plan
 from cbd_hub.sizing import count_parameters
 

@@ -14,16 +14,14 @@ from cbd_hub.chain import (
     INDEX_MAPS_NAME,
     MANIFEST_NAME,
     FileEntry,
-    IndexMap,
     Manifest,
     check_file,
     file_entry,
-    load_index_maps,
     read_manifest,
-    save_index_maps,
     write_manifest,
 )
 from cbd_hub.errors import IntegrityError, ManifestError
+from cbd_hub.index_maps import IndexMap, load_index_maps, save_index_maps
 
 
 @pytest.fixture(scope="module")

@@ -10,41 +10,20 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from pydantic import ValidationError
-from tiny_models import tiny_config, tiny_model
+from tiny_pair import LENGTH, packed_text, pair
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from cbd_hub.chain import IndexMap
-from cbd_hub.data import DataConfig, load_documents, pack, split_documents, train_tokenizer
-from cbd_hub.distill import AnchorTrainer, DistillationConfig, block_ends, collate, distill, kept_hidden
+from cbd_hub.distill import DistillationConfig, block_ends, distill, kept_hidden
 from cbd_hub.errors import RecipeError
 from cbd_hub.evaluation import evaluate_loss
+from cbd_hub.index_maps import IndexMap
 
-TEXT = Path(__file__).resolve().parents[1] / "examples" / "data" / "sotu"
-VOCAB = 300
-LENGTH = 32
 FAST = DistillationConfig(tokens=2 * 4 * LENGTH, batch_size=4, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
 def blocks() -> tuple[Dataset, Dataset]:
-    """Packed training and validation blocks of (LENGTH,) tokens, from addresses of the first presidents."""
-    splits = split_documents(load_documents(DataConfig(text_files="179*.txt"), TEXT), 0.2, seed=0)
-    tokenizer = train_tokenizer(splits.train, VOCAB)
-    packed = [pack(documents, tokenizer, LENGTH) for documents in (splits.train, splits.validation)]
-    return packed[0], packed[1].select(range(16))
-
-
-def pair(family: str = "llama", **small: Any) -> tuple[PreTrainedModel, PreTrainedModel, IndexMap]:
-    """A teacher, and the student that keeps all but one of its layers: (student, teacher, index map)."""
-    teacher = tiny_model(tiny_config(family, vocab_size=VOCAB), seed=0)
-    layers = teacher.config.num_hidden_layers
-    kept = [layer for layer in range(layers) if layer != 1]
-    config = {"num_hidden_layers": layers - 1, "vocab_size": VOCAB, **small}
-    if getattr(teacher.config, "layer_types", None):
-        config["layer_types"] = [teacher.config.layer_types[layer] for layer in kept]
-    student = tiny_model(tiny_config(family, **config), seed=1)
-    return student, teacher, IndexMap(np.array([*kept, 1]))
+    return packed_text()
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -53,32 +32,6 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-class Gradients(TrainerCallback):
-    """Takes the gradient of the first step."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.taken = {name: p.grad.clone() for name, p in kwargs["model"].named_parameters()}
-
-
-def trainer_for(
-    folder: Path,
-    train: Dataset,
-    config: DistillationConfig,
-    family: str = "llama",
-    model: tuple[PreTrainedModel, PreTrainedModel, IndexMap] | None = None,
-    **arguments: Any,
-) -> tuple[AnchorTrainer, Gradients]:
-    student, teacher, index_map = model or pair(family)
-    ends = block_ends(index_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-    arguments = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "max_steps": 1, **arguments}
-    arguments["dataloader_pin_memory"] = False
-    args = TrainingArguments(
-        output_dir=str(folder), report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1, **arguments
-    )
-    gradients = Gradients()
-    return AnchorTrainer(student, args, config, teacher, ends, train_dataset=train, callbacks=[gradients]), gradients
 
 
 def test_block_ends_are_where_the_next_kept_layer_begins() -> None:
@@ -140,50 +93,6 @@ def test_same_seed_same_bytes(blocks: tuple[Dataset, Dataset], tmp_path: Path) -
     assert not same(one, run(4))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_gradient_does_not_depend_on_accumulation(
-    family: str, blocks: tuple[Dataset, Dataset], tmp_path: Path
-) -> None:
-    rows = [{"input_ids": row["input_ids"], "labels": list(row["input_ids"])} for row in blocks[0].select(range(8))]
-    for index, row in enumerate(rows):  # unequal numbers of labels a row
-        row["labels"][: 3 * index] = [-100] * (3 * index)
-    train = Dataset.from_list(rows)
-    found, losses = [], []
-    for size, accumulation in ((8, 1), (2, 4), (1, 8)):
-        config = DistillationConfig()
-        arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-        trainer, gradients = trainer_for(tmp_path, train, config, family, **arguments)
-        trainer.train()
-        found.append(gradients.taken)
-        losses.append({k: v for k, v in trainer.state.log_history[0].items() if k in ("loss", "ce", "kl", "hidden")})
-    for other, logged in zip(found[1:], losses[1:], strict=True):
-        for name, gradient in found[0].items():
-            torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-5)
-        assert logged == pytest.approx(losses[0], rel=1e-4)
-
-
-def test_padding_changes_nothing(blocks: tuple[Dataset, Dataset], tmp_path: Path) -> None:
-    ids = [row["input_ids"][: 20 - 3 * i] for i, row in enumerate(blocks[0].select(range(3)))]
-    trainer, _ = trainer_for(tmp_path, blocks[0], DistillationConfig())
-    padded = collate(
-        [
-            {
-                "input_ids": row + [0] * (24 - len(row)),
-                "labels": row + [-100] * (24 - len(row)),
-                "attention_mask": [1] * len(row) + [0] * (24 - len(row)),
-            }
-            for row in ids
-        ]
-    )
-    items = sum(len(row) - 1 for row in ids)
-    with torch.no_grad():
-        together = trainer.compute_loss(trainer.model, padded, num_items_in_batch=items)
-        alone = [
-            trainer.compute_loss(trainer.model, collate([{"input_ids": row}]), num_items_in_batch=items) for row in ids
-        ]
-    torch.testing.assert_close(together, torch.stack(alone).sum(), rtol=1e-5, atol=1e-5)
-
-
 def test_best_weights_are_kept_the_start_included(blocks: tuple[Dataset, Dataset], tmp_path: Path) -> None:
     student, teacher, index_map = pair()
     teach = FAST.model_copy(update={"tokens": 30 * 4 * LENGTH, "learning_rate": 3e-3})
@@ -211,24 +120,6 @@ def test_every_family_runs(family: str, blocks: tuple[Dataset, Dataset], tmp_pat
     assert training.tokens == FAST.tokens
     assert not same(state(student), start)
     assert state(student).keys() == start.keys()
-
-
-def test_heads_are_read_in_chunks_and_equal_the_models_own(tmp_path: Path, blocks: tuple[Dataset, Dataset]) -> None:
-    """CE equals the loss that transformers computes, for a plain head and for one with soft capping."""
-    batch = collate(list(blocks[0].select(range(2))))
-    for overrides in ({}, {"final_logit_softcapping": 3.0}):
-        model = tiny_model(tiny_config("gemma3_text", vocab_size=VOCAB, **overrides))
-        args = TrainingArguments(output_dir=str(tmp_path), report_to="none", disable_tqdm=True)
-        trainer = AnchorTrainer(model, args, DistillationConfig(kl=0, hidden=0))
-        assert isinstance(trainer._student_head, nn.Identity) == bool(overrides)
-        torch.testing.assert_close(trainer.compute_loss(model, batch), model(**batch).loss)
-
-
-def test_hidden_loss_is_zero_between_a_model_and_itself(blocks: tuple[Dataset, Dataset], tmp_path: Path) -> None:
-    twins = tiny_model(tiny_config("llama")), tiny_model(tiny_config("llama")), IndexMap(np.arange(3))
-    trainer, _ = trainer_for(tmp_path, blocks[0], DistillationConfig(ce=0, kl=1), model=twins)
-    batch = collate([{"input_ids": [token % 97 for token in row["input_ids"]]} for row in blocks[0].select(range(2))])
-    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_narrower_student_meets_the_coordinates_it_kept(blocks: tuple[Dataset, Dataset], tmp_path: Path) -> None:
@@ -313,6 +204,8 @@ def test_progress_is_a_bar_on_standard_error(
         ({"schedule": "step"}, "'cosine', 'linear' or 'constant'"),
         ({"ce": 0, "kl": 0, "hidden": 0}, "at least one loss"),
         ({"batchsize": 4}, "Extra inputs"),
+        ({"divergence": "kl"}, "'forward_kl', 'reverse_kl', 'js', 'skewed_kl' or 'skewed_reverse_kl'"),
+        ({"skew": 1.0}, "less than 1"),
     ],
 )
 def test_config_refuses(change: dict[str, Any], words: str) -> None:

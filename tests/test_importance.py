@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from cbd_hub.architectures import axis_map_for
 from cbd_hub.axis_map import AxisMap
-from cbd_hub.chain import IndexMap
 from cbd_hub.errors import AxisMapError, RecipeError, SizeError
 from cbd_hub.evaluation import evaluate_loss
 from cbd_hub.importance import Statistics, bypass_layers, collect, from_weights, rank, token_energy
+from cbd_hub.index_maps import IndexMap
 
 BLOCKS = torch.randint(3, 97, (6, 16), generator=torch.Generator().manual_seed(0))
 SILENT = {"ffn": 7, "kv_heads": 1, "q_per_kv": 0, "heads": 2}

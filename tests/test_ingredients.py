@@ -25,7 +25,8 @@ def of_model(folder: Path, **changes: Any) -> Ingredients:
 
 def test_splits_share_no_text_and_repeat() -> None:
     one, two = made(), made()
-    rows = {name: set(getattr(one.splits, name)["text"]) for name in ("train", "validation", "test")}
+    (splits,) = one.splits
+    rows = {name: set(getattr(splits, name)["text"]) for name in ("train", "validation", "test")}
     assert not rows["train"] & rows["validation"] and not rows["train"] & rows["test"]
     assert not rows["validation"] & rows["test"]
     assert one.tokenizer is not None and two.tokenizer is not None and one.text is not None and two.text is not None
@@ -82,7 +83,7 @@ def test_text_is_found_beside_the_recipe(tmp_path: Path) -> None:
     (tmp_path.parent / "data").mkdir(exist_ok=True)
     (tmp_path.parent / "data" / "sotu").symlink_to(TEXT)
     try:
-        assert len(Ingredients(*load_recipe(tmp_path / "recipe.yaml")).splits.train) > 50
+        assert len(Ingredients(*load_recipe(tmp_path / "recipe.yaml")).splits[0].train) > 50
     finally:
         (tmp_path.parent / "data" / "sotu").unlink()
 

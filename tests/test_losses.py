@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
+from cbd_hub.divergences import Divergence, DivergenceName
 from cbd_hub.errors import RecipeError
 from cbd_hub.losses import distillation_loss, hidden_and_head, hidden_state_loss
 
 B, S, HS, HT, V = 4, 9, 16, 24, 61
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+DIVERGENCES = get_args(DivergenceName)
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -52,15 +55,32 @@ def plain_loss(
     ce: float = 1.0,
     kl: float = 1.0,
     temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    skew: float = 0.1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The textbook: all logits at once."""
     z, t, y = head(student)[:, :-1], teacher_head(teacher)[:, :-1].detach(), labels[:, 1:]
     valid = y != -100
     entropy = F.cross_entropy(z[valid], y[valid])
-    p = torch.softmax(t / temperature, -1)
-    per_token = (p * (p.log() - torch.log_softmax(z / temperature, -1))).sum(-1)
-    divergence = temperature**2 * per_token[valid].mean()
-    return ce * entropy + kl * divergence, entropy, divergence
+    p, q = torch.softmax(t / temperature, -1), torch.softmax(z / temperature, -1)
+    distance = temperature**2 * plain_divergence(p, q, divergence, skew)[valid].mean()
+    return ce * entropy + kl * distance, entropy, distance
+
+
+def plain_divergence(p: Tensor, q: Tensor, name: str, skew: float) -> Tensor:
+    """As the papers write them, of probabilities (..., V)."""
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum(-1)
+
+    if name == "js":
+        return (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2
+    return {
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "skewed_kl": lambda: kl(p, skew * p + (1 - skew) * q),
+        "skewed_reverse_kl": lambda: kl(q, (1 - skew) * p + skew * q),
+    }[name]()
 
 
 def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -83,13 +103,16 @@ class RowsOfLogits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("fast", [True, False])
-def test_equals_the_plain_formula(dtype: torch.dtype, temperature: float, bias: bool, fast: bool) -> None:
+def test_equals_the_plain_formula(
+    dtype: torch.dtype, divergence: str, temperature: float, bias: bool, fast: bool
+) -> None:
     student, teacher, teacher_head, labels = make_batch(dtype)
     head = make_head(HS, bias, dtype)
-    weights = {"ce": 0.7, "kl": 1.3, "temperature": temperature}
+    weights = {"ce": 0.7, "kl": 1.3, "temperature": temperature, "divergence": divergence, "skew": 0.2}
     used = head if fast else nn.Sequential(head)  # any module but a plain Linear takes the general path
     terms = distillation_loss(student, used, teacher, teacher_head, labels, **weights, chunk_tokens=5)
     loss, ce, kl = plain_loss(student, head, teacher, teacher_head, labels, **weights)
@@ -114,17 +137,77 @@ def test_the_chunk_size_changes_nothing(chunk_tokens: int) -> None:
     assert relative(got, expected) < 1e-10
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_gradients_are_those_of_finite_differences(fast: bool, divergence: str, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(7)
+    student, teacher = (torch.randn(2, 4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    head, teacher_head = nn.Linear(3, 7, dtype=torch.float64), nn.Linear(3, 7, dtype=torch.float64)
+    labels = torch.tensor([[1, 2, -100, 4], [0, 6, 5, -100]])
+    used = head if fast else nn.Sequential(head)
+
+    def loss(*inputs: Tensor) -> Tensor:  # gradcheck alters the parameters in place
+        return distillation_loss(
+            inputs[0],
+            used,
+            teacher,
+            teacher_head,
+            labels,
+            divergence=divergence,
+            temperature=temperature,
+            chunk_tokens=2,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, (student.requires_grad_(), *head.parameters()))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_sure_and_opposed_distributions_stay_finite(fast: bool, divergence: str) -> None:
+    """Probabilities that float32 cannot hold: e^-500 for the other's favourite, for a third word too."""
+    head, teacher_head = nn.Linear(V, V, bias=False), nn.Linear(V, V, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(V))
+        teacher_head.weight.copy_(torch.eye(V))
+    student, teacher = torch.zeros(1, 3, V), torch.zeros(1, 3, V)
+    student[..., 0] = teacher[..., 1] = 500.0
+    terms = distillation_loss(
+        student.requires_grad_(),
+        head if fast else nn.Sequential(head),
+        teacher,
+        teacher_head,
+        torch.zeros(1, 3, dtype=torch.long),
+        divergence=divergence,
+    )
+    terms.loss.backward()
+    expected = {"forward_kl": 500, "reverse_kl": 500, "js": math.log(2)}.get(divergence, -math.log(0.1))
+    assert terms.kl.item() == pytest.approx(expected, rel=1e-5)
+    assert student.grad.isfinite().all() and head.weight.grad.isfinite().all()
+
+
+def test_the_skewed_divergences_without_skew_are_the_plain_ones() -> None:
+    student, teacher, teacher_head, labels = make_batch()
+    batch = (student, make_head(HS), teacher, teacher_head, labels)
+    forward, reverse = (distillation_loss(*batch, divergence=name).kl for name in ("forward_kl", "reverse_kl"))
+    assert torch.equal(distillation_loss(*batch, divergence="skewed_kl", skew=0).kl, forward)
+    assert torch.equal(distillation_loss(*batch, divergence="skewed_reverse_kl", skew=0).kl, reverse)
+    assert not torch.equal(forward, reverse)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_gradient_flows_into_a_tied_embedding(family: str) -> None:
+def test_gradient_flows_into_a_tied_embedding(family: str, divergence: str) -> None:
     model = tiny_model(tiny_config(family, tie_word_embeddings=True), torch.float64)
     teacher = tiny_model(tiny_config(family), torch.float64, seed=1)
     ids = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
     embedding = model.get_input_embeddings().weight
     assert model.get_output_embeddings().weight is embedding
     distillation_loss(
-        *hidden_and_head(model, ids), *hidden_and_head(teacher, ids), ids, chunk_tokens=4
+        *hidden_and_head(model, ids), *hidden_and_head(teacher, ids), ids, divergence=divergence, chunk_tokens=4
     ).loss.backward()
-    loss, *_ = plain_loss(model(ids).logits, nn.Identity(), teacher(ids).logits, nn.Identity(), ids)
+    logits = (model(ids).logits, nn.Identity(), teacher(ids).logits, nn.Identity())
+    loss, *_ = plain_loss(*logits, ids, divergence=divergence)
     parameters = list(model.parameters())
     assert any(parameter is embedding for parameter in parameters)
     for parameter, expected in zip(parameters, gradients(loss, *parameters), strict=True):
@@ -195,18 +278,23 @@ def test_cross_entropy_and_kl_are_of_one_magnitude() -> None:
     assert terms.kl.item() == pytest.approx(terms.ce.item(), rel=1e-4)
 
 
-def test_kl_with_oneself_is_zero_and_leaves_only_cross_entropy() -> None:
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergence_from_oneself_is_zero_and_leaves_only_cross_entropy(fast: bool, divergence: str) -> None:
     student, _, _, labels = make_batch()
     head = make_head(HS)
-    terms = distillation_loss(student, head, student, head, labels)
+    used = head if fast else nn.Sequential(head)
+    terms = distillation_loss(student, used, student, head, labels, divergence=divergence)
     assert abs(terms.kl.item()) < 1e-12
     alone = distillation_loss(student, head, None, None, labels)
     assert terms.loss.item() == pytest.approx(alone.loss.item(), abs=1e-12)
+    assert relative(gradients(terms.loss, student)[0], gradients(alone.loss, student)[0]) < 1e-12
     assert alone.kl.item() == 0
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("head_kind", ["plain", "hooked", "sequential"])
-def test_full_logits_never_exist(head_kind: str) -> None:
+def test_full_logits_never_exist(head_kind: str, divergence: str) -> None:
     student, teacher, teacher_head, labels = make_batch()
     linear = make_head(HS)
     head: nn.Module = nn.Sequential(linear) if head_kind == "sequential" else linear
@@ -215,7 +303,16 @@ def test_full_logits_never_exist(head_kind: str) -> None:
     if head_kind == "hooked":
         head.register_forward_hook(lambda module, args, out: called.append(len(out)))
     with RowsOfLogits() as seen:
-        terms = distillation_loss(student, head, teacher, teacher_head, labels, temperature=2.0, chunk_tokens=5)
+        terms = distillation_loss(
+            student,
+            head,
+            teacher,
+            teacher_head,
+            labels,
+            divergence=divergence,
+            temperature=2.0,
+            chunk_tokens=5,
+        )
         terms.loss.backward()
     assert terms.num_tokens not in (HS, HT)
     assert max(seen.rows) == 5
@@ -256,13 +353,14 @@ def test_arithmetic_is_float32_under_bfloat16() -> None:
     assert relative(s.grad.float(), expected) < 0.05
 
 
-def test_works_under_autocast() -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_works_under_autocast(divergence: str) -> None:
     student, teacher, teacher_head, labels = make_batch(torch.float32)
     head = make_head(HS, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        terms = distillation_loss(student, head, teacher, teacher_head, labels, chunk_tokens=5)
+        terms = distillation_loss(student, head, teacher, teacher_head, labels, divergence=divergence, chunk_tokens=5)
     terms.loss.backward()
-    loss, *_ = plain_loss(student, head, teacher, teacher_head, labels)
+    loss, *_ = plain_loss(student, head, teacher, teacher_head, labels, divergence=divergence)
     assert terms.loss.dtype == torch.float32
     assert relative(terms.loss, loss) < 0.02
     assert relative(student.grad, gradients(loss, student)[0]) < 0.05
@@ -286,6 +384,22 @@ def test_wrong_arguments_are_refused() -> None:
         distillation_loss(student, head, teacher[:, 1:], teacher_head, labels)
     with pytest.raises(RecipeError, match="temperature must be above 0"):
         distillation_loss(student, head, teacher, teacher_head, labels, temperature=0.0)
+    batch = (student, head, teacher, teacher_head, labels)
+    with pytest.raises(RecipeError, match=r"'revers_kl'. Did you mean 'reverse_kl'\? Use one of forward_kl, "):
+        distillation_loss(*batch, divergence="revers_kl")  # type: ignore[arg-type]
+    for skew in (-0.1, 1.0, math.nan):
+        with pytest.raises(RecipeError, match=rf"skew must be at least 0 and below 1 .* got {skew}"):
+            distillation_loss(*batch, divergence="skewed_kl", skew=skew)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergences_stay_below_their_bounds(name: str) -> None:
+    """Jensen-Shannon below ln 2, the skewed ones below -ln(skew), where plain KL grows without one."""
+    generator = torch.Generator().manual_seed(0)
+    log_p, log_q = (torch.log_softmax(100 * torch.randn(1, V, generator=generator), -1) for _ in range(2))
+    value = Divergence.named(name, skew=0.25).value(log_p, log_q).item()
+    bound = {"js": math.log(2), "skewed_kl": math.log(4), "skewed_reverse_kl": math.log(4)}.get(name)
+    assert (0 < value <= bound * (1 + 1e-6)) if bound else value > 10
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -8,9 +8,9 @@ import torch
 from tiny_models import tiny_config, tiny_model
 
 from cbd_hub.architectures import axis_map_for
-from cbd_hub.chain import IndexMap
 from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
 from cbd_hub.importance import rank
+from cbd_hub.index_maps import IndexMap
 from cbd_hub.materialize import build_model, make_tensor, parse_dtype, target_config, whole_folder
 from cbd_hub.plan import plan_subset
 

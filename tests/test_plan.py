@@ -13,8 +13,9 @@ from tiny_models import VARIANTS
 
 from cbd_hub.architectures import axis_map_for
 from cbd_hub.assemble import Chain
-from cbd_hub.chain import INDEX_MAPS_NAME, MANIFEST_NAME, IndexMap, load_index_maps, read_manifest
+from cbd_hub.chain import INDEX_MAPS_NAME, MANIFEST_NAME, read_manifest
 from cbd_hub.errors import AxisMapError, SizeError
+from cbd_hub.index_maps import IndexMap, load_index_maps
 from cbd_hub.plan import METHODS, Plan, make_plan, plan_subset
 from cbd_hub.sizing import count_parameters
 
