@@ -77,15 +77,18 @@ PAIRS = {
 }
 
 
-def trained(config: Mapping[str, Any], seed: int, vocab_size: int, text: Text, cache: Path) -> PreTrainedModel:
+def trained(
+    pair: Pair, shape: tuple[int, ...], seed: int, vocab_size: int, text: Text, cache: Path
+) -> PreTrainedModel:
     """A model trained from scratch with cross-entropy, or the one that an earlier run left in the cache."""
+    config = pair.config(shape)
+    run = TRAINING.model_copy(update={"seed": seed})
     values = {k: v for k, v in config.items() if k != "model_type"} | {"vocab_size": vocab_size}
-    name = "-".join(str(v) for v in (*config.values(), TRAINING.tokens, seed))
+    name = "-".join(str(v) for v in (*config.values(), run.tokens, seed))
     if not (cache / name / "config.json").is_file():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
         validation = text.validation.select(range(48))
-        run = TRAINING.model_copy(update={"seed": seed})
         with tempfile.TemporaryDirectory() as work_dir:
             distill(model, None, text.train, validation, run, work_dir=Path(work_dir), progress=False)
         model.save_pretrained(cache / name)
@@ -134,8 +137,8 @@ def measure(pair: Pair, made: Ingredients, text: Text, cache: Path) -> dict[str,
     if made.tokenizer is None or (blocks := made.calibration()) is None:
         raise SystemExit("the quickstart recipe has no text")
     vocab_size = len(made.tokenizer)
-    large = trained(pair.config(pair.large), 1, vocab_size, text, cache)
-    small = trained(pair.config(pair.small), 2, vocab_size, text, cache)
+    large = trained(pair, pair.large, 1, vocab_size, text, cache)
+    small = trained(pair, pair.small, 2, vocab_size, text, cache)
     axis_map = axis_map_for(large.config)
     sizes = axis_map.sizes(large.config), axis_map.sizes(small.config)
     target = axis_map.sizes({**pair.config(pair.middle), "vocab_size": vocab_size})

@@ -84,13 +84,15 @@ def align(
         SizeError: The sizes are not the models', the vocabularies or another frozen axis differ, or the small model
             is larger on some axis.
         RecipeError: The models are of different families or differ in tensors, activation or rotary embedding, or
-            ``blocks`` holds no token.
+            ``blocks`` holds no token, or activations are not finite.
         AxisMapError: The map does not describe the models: what should have changed nothing changed the logits.
     """
     _check(large, small, axis_map, large_sizes, small_sizes)
     statistics = collect(large, axis_map, large_sizes, blocks)
     aligned = copy.deepcopy(small).float().eval()
     before = _logits(aligned, blocks)
+    if not before.isfinite().all():
+        raise RecipeError("the small model's logits are not finite; load it in float32 or bfloat16")
     rotating = axis_map.rotatable and not any(axis_map.writes(r) for g in axis_map.norms for r in axis_map.readers(g))
     if rotating:
         rotate(aligned, axis_map, small_sizes, blocks)
@@ -166,7 +168,10 @@ def _check(
     for name in ("hidden_act", "activation_function", "rope_parameters"):
         mine, other = getattr(small.config, name, None), getattr(large.config, name, None)
         if mine != other:
-            raise RecipeError(f"config field {name!r} is {mine} in the small and {other} in the large model")
+            raise RecipeError(
+                f"config field {name!r} is {mine} in the small and {other} in the large model; "
+                "models that compute differently cannot be averaged, choose another pair"
+            )
 
 
 # -- what is done to the small model ------------------------------------------------------------------------------
@@ -208,8 +213,8 @@ def _rows(axis_map: AxisMap, sizes: Sizes, choose: Callable[[str, Part, Tensor],
     Args:
         axis_map: The map.
         sizes: The model's sizes.
-        choose: Called with the pattern, a part and the numbers of its rows, shaped as its factors (a projection that
-            is fused by concatenation comes as a whole: see ``_values``).
+        choose: Called with the pattern and the part's place ("... 3/3" is the last of three), the part, and the
+            numbers of its rows, shaped as its factors.
 
     Returns:
         (pattern, dimension, chosen rows).

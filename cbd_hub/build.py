@@ -181,15 +181,8 @@ class _Build:
             saved = json.loads(record.read_text(encoding="utf-8"))
             if saved["fingerprint"] == fingerprint:
                 return read_index_map(saved["layers"], maps)
-        index_map = rank(
-            teacher,
-            axis_map,
-            large,
-            small,
-            self.made.calibration(),
-            prefix_hidden=basis == "pca",
-            progress=self.progress,
-        )
+        blocks = self.made.calibration()
+        index_map = rank(teacher, axis_map, large, small, blocks, basis == "pca", self.progress)
         save_index_maps({"": index_map}, maps)
         _write_json(record, {"fingerprint": fingerprint, "layers": [int(i) for i in index_map.layers]})
         return index_map
@@ -203,10 +196,9 @@ class _Build:
             return {}
         before = evaluate_loss(student, self.made.validation).loss
         weights = {name: p.detach().clone() for name, p in student.named_parameters()}
-        layers = [int(i) for i in index_map.layers[: axis_map.sizes(student.config)["layers"]]]
-        kept = kept_hidden(
-            index_map, axis_map.sizes(student.config)["hidden"], axis_map.sizes(teacher.config)["hidden"]
-        )
+        small, large = axis_map.sizes(student.config), axis_map.sizes(teacher.config)
+        layers = [int(i) for i in index_map.layers[: small["layers"]]]
+        kept = kept_hidden(index_map, small["hidden"], large["hidden"])
         refit(student, teacher, axis_map, layers, kept, blocks, progress=self.progress)
         if not evaluate_loss(student, self.made.validation).loss < before:
             student.load_state_dict(weights, strict=False)

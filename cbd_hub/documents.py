@@ -106,7 +106,7 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
         ways = {"text_files": self.text_files, "dataset": self.dataset, "sources": self.sources}
         given = [name for name, value in ways.items() if value]
         if len(given) != 1:
-            got = " and ".join(given) or "neither"
+            got = " and ".join(given) or "none"
             raise ValueError(f"give exactly one of text_files and dataset, or a list of sources, got {got}")
         return self
 

@@ -19,14 +19,35 @@ from transformers import PreTrainedModel
 
 from cbd_hub.architectures import axis_map_for
 from cbd_hub.axis_map import AxisMap
-from cbd_hub.chain import CHECKSUMS_NAME, INDEX_MAPS_NAME, MANIFEST_NAME, Anchor, Manifest, file_entry, write_manifest
+from cbd_hub.chain import (
+    CALIBRATION_NAME,
+    CHECKSUMS_NAME,
+    INDEX_MAPS_NAME,
+    MANIFEST_NAME,
+    Anchor,
+    Manifest,
+    file_entry,
+    write_manifest,
+)
 from cbd_hub.checkpoints import checksum
 from cbd_hub.index_maps import IndexMap, save_index_maps
 from cbd_hub.materialize import build_model, make_tensor, target_config
 from cbd_hub.plan import plan_subset
+from cbd_hub.refine import save_calibration
 from cbd_hub.sizing import count_parameters
 
-__all__ = ["edit_manifest", "labels", "make_chain", "random_index_map", "refresh", "steps_for", "variant_model"]
+FILES = {"index_maps": INDEX_MAPS_NAME, "checksums": CHECKSUMS_NAME, "calibration": CALIBRATION_NAME}
+
+__all__ = [
+    "add_calibration",
+    "edit_manifest",
+    "labels",
+    "make_chain",
+    "random_index_map",
+    "refresh",
+    "steps_for",
+    "variant_model",
+]
 
 
 def variant_model(variant: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
@@ -187,10 +208,17 @@ def refresh(folder: Path) -> None:
         }
     if (folder / CHECKSUMS_NAME).exists():
         (folder / CHECKSUMS_NAME).write_text(json.dumps(digests), encoding="utf-8")
-    for key, name in (("index_maps", INDEX_MAPS_NAME), ("checksums", CHECKSUMS_NAME)):
+    for key, name in FILES.items():
         if (folder / name).exists():
             data[key] = file_entry(folder / name).model_dump()
     (folder / MANIFEST_NAME).write_text(json.dumps(data), encoding="utf-8")
+
+
+def add_calibration(folder: Path, blocks: torch.Tensor) -> Path:
+    """Lets a chain ship token ids (N, S) for ``refine``; returns its folder."""
+    save_calibration(blocks, folder / CALIBRATION_NAME)
+    refresh(folder)
+    return folder
 
 
 def edit_manifest(folder: Path, *path: str | int, value: Any) -> None:

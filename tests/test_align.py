@@ -196,7 +196,7 @@ def test_a_trained_anchor_that_was_scrambled_interpolates_as_before(family: str)
     losses = [loss(average(large, *pair)) for pair in ((small, true), (aligned, index_map), (scrambled, true))]
     print(f"{family}: alpha 0.5: as built {losses[0]:.3f}, scrambled and aligned {losses[1]:.3f}, not {losses[2]:.3f}")
     assert losses[1] == pytest.approx(losses[0], abs=0.02)
-    assert losses[2] > losses[0] + 0.2
+    assert losses[2] > losses[0] + 0.1
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -333,6 +333,14 @@ def test_no_tokens_are_refused() -> None:
     model = tiny_model(tiny_config("llama"))
     with pytest.raises(RecipeError, match="not empty"):
         run_align(model, model, BLOCKS[:0])
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    large, small = tiny_model(tiny_config("llama")), tiny_model(tiny_config("llama"))
+    with torch.no_grad():
+        small.model.norm.weight[0] = torch.nan
+    with pytest.raises(RecipeError, match="not finite"):
+        run_align(large, small)
 
 
 def test_a_map_that_misdescribes_the_model_is_found_out() -> None:

@@ -383,3 +383,25 @@ def test_the_recipe_is_recorded_without_where_it_is_published(tmp_path: Path) ->
     assert "someone/secret" not in text
     assert json.loads(text)["recipe"]["anchors"] == [{"fraction": 0.7}]
     assert TEXT.is_dir()
+
+
+def test_the_spread_of_a_reduction_is_the_recipes(tmp_path: Path) -> None:
+    """Waypoints give an anchor of the same size another shape; `layers_last` stands in the manifest, where plans look."""
+    fields = {"hidden_size": 32, "intermediate_size": 192, "num_hidden_layers": 8, "num_attention_heads": 4}
+    config = AutoConfig.for_model("llama", vocab_size=300, tie_word_embeddings=True, **fields)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    common = {"source": {"model": str(tmp_path / "model")}, "tokenizer": None, "data": None, "anchors": [0.6]}
+    common |= {"distillation": {"tokens": 0}, "calibration_tokens": 0}
+
+    def shape(name: str, **spread: Any) -> tuple[int, int]:
+        chain = build_chain(tiny_recipe(**common, spread=spread), tmp_path / name, progress=False)
+        assert chain.manifest.layers_last == spread.get("layers_last", True)
+        small = chain.anchors[1].shape
+        return small["num_hidden_layers"], small["intermediate_size"]
+
+    usual, by_ffn = shape("usual"), shape("ffn", waypoints=[{"ffn": 0.3}], layers_last=False)
+    assert by_ffn[0] == 8
+    assert by_ffn[0] > usual[0]
+    assert by_ffn[1] < usual[1]
+    with pytest.raises(RecipeError, match="'width'; axes here"):
+        shape("wrong", waypoints=[{"width": 0.5}])

@@ -5,13 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from make_chain import make_chain, variant_model
-from safetensors.numpy import load_file, save_file
 
 from cbd_hub.chain import (
-    INDEX_MAPS_NAME,
     MANIFEST_NAME,
     FileEntry,
     Manifest,
@@ -21,7 +18,6 @@ from cbd_hub.chain import (
     write_manifest,
 )
 from cbd_hub.errors import IntegrityError, ManifestError
-from cbd_hub.index_maps import IndexMap, load_index_maps, save_index_maps
 
 
 @pytest.fixture(scope="module")
@@ -193,35 +189,7 @@ def test_check_file(tmp_path: Path) -> None:
         check_file(path, entry)
 
 
-# -- index maps -------------------------------------------------------------------------------------------------------
-
-
-def test_index_maps_round_trip(chain: Path, tmp_path: Path) -> None:
-    manifest = read_manifest(chain / MANIFEST_NAME)
-    maps = load_index_maps(manifest, chain / INDEX_MAPS_NAME)
-    assert set(maps) == {"a1", "a2"}
-    assert maps["a1"].layers.tolist() == manifest.anchors[1].layer_order
-    assert set(maps["a1"].orders) == {"ffn"}
-    assert set(maps["a2"].orders) == {"ffn", "hidden", "kv_heads"}
-    assert maps["a2"].orders["hidden"].shape == (48,)
-    assert maps["a2"].orders["kv_heads"].shape == (2, 2)
-    save_index_maps(maps, tmp_path / INDEX_MAPS_NAME)
-    assert (tmp_path / INDEX_MAPS_NAME).read_bytes() == (chain / INDEX_MAPS_NAME).read_bytes()
-
-
-def test_orders() -> None:
-    index_map = IndexMap(np.arange(2), {"hidden": np.array([1, 0]), "ffn": np.array([[0, 1], [1, 0]])})
-    assert index_map.order("hidden", None, 2).tolist() == [1, 0]
-    assert index_map.order("ffn", 1, 2).tolist() == [1, 0]
-    assert index_map.order("heads", 1, 3).tolist() == [0, 1, 2]
-    assert index_map.order("ffn", 0, 2).dtype == np.int64
-
-
-def test_missing_index_maps_are_refused(chain: Path) -> None:
-    """A guess at which units correspond would give a model, and a wrong one."""
-    manifest = read_manifest(chain / MANIFEST_NAME)
-    with pytest.raises(IntegrityError, match="do not say which ffn units anchor 'a1' keeps"):
-        load_index_maps(manifest, None)
+# -- what neighbours must say -----------------------------------------------------------------------------------------
 
 
 def test_missing_layer_order_is_refused(chain: Path, tmp_path: Path) -> None:
@@ -232,47 +200,6 @@ def test_missing_layer_order_is_refused(chain: Path, tmp_path: Path) -> None:
     assert layers[0] != layers[1]
     with pytest.raises(ManifestError, match="does not say which layers it keeps"):
         read_manifest(tmp_path / MANIFEST_NAME)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "says"),
-    [
-        ("a1/order/ffn", None, "do not say which ffn units anchor 'a1' keeps"),
-        ("a1/order/ffn", np.zeros((3, 300), np.int32), "each row a permutation of its 300 ffn units"),
-        ("a1/order/ffn", np.arange(300, dtype=np.int32), "must be int32 (3, 300)"),
-        ("a1/order/ffn", np.tile(np.arange(300), (3, 1)), "must be int32"),
-        ("a1/order/ffn", np.tile(np.arange(1, 301, dtype=np.int32), (3, 1)), "a permutation"),
-        ("a1/order/layers", np.zeros((3, 3), np.int32), "which the axis map does not know"),
-        ("a1/order/head_dim", np.zeros((3, 8), np.int32), "which the axis map does not know"),
-        ("a1/order/colour", np.zeros(3, np.int32), "which the axis map does not know"),
-        ("a1/colour", np.zeros(3, np.int32), "which the axis map does not know"),
-        ("a9/order/ffn", np.zeros(3, np.int32), "which belongs to no anchor"),
-        ("colour", np.zeros(3, np.int32), "which belongs to no anchor"),
-        ("a2/energy/model.norm.weight", np.full(48, np.nan, np.float32), "finite and not negative"),
-        ("a2/energy/model.norm.weight", np.full(48, -1, np.float32), "finite and not negative"),
-        ("a2/energy/model.norm.weight", np.ones(47, np.float32), "must be float32 (48,)"),
-        ("a2/energy/model.embed_tokens.weight", np.ones(48, np.float32), "which the axis map does not know"),
-    ],
-)
-def test_bad_index_maps_are_refused(chain: Path, tmp_path: Path, key: str, value: Any, says: str) -> None:
-    tensors = load_file(chain / INDEX_MAPS_NAME)
-    tensors.pop(key, None)
-    path = tmp_path / INDEX_MAPS_NAME
-    save_file(tensors if value is None else {**tensors, key: value}, path)
-    manifest = read_manifest(chain / MANIFEST_NAME)
-    with pytest.raises(IntegrityError) as caught:
-        load_index_maps(manifest, path)
-    assert says in str(caught.value)
-
-
-def test_damaged_index_maps_are_refused(chain: Path, tmp_path: Path) -> None:
-    manifest, path = read_manifest(chain / MANIFEST_NAME), tmp_path / INDEX_MAPS_NAME
-    whole = (chain / INDEX_MAPS_NAME).read_bytes()
-    half = b'{"a1/order/ffn":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}'
-    for content in (b"", whole[:-1], whole[:100], len(half).to_bytes(8, "little") + half + b"\0\0"):
-        path.write_bytes(content)
-        with pytest.raises(IntegrityError, match=r"cannot be read|must be int32"):
-            load_index_maps(manifest, path)
 
 
 def test_one_anchor_is_a_chain(chain: Path, tmp_path: Path, data: dict[str, Any]) -> None:

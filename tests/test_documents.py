@@ -22,9 +22,9 @@ from cbd_hub.errors import RecipeError
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "exactly one of text_files and dataset, got neither"),
-        ({"text_files": []}, "got neither"),
-        ({"text_files": "a.txt", "dataset": {"name": "x"}}, "got both"),
+        ({}, "exactly one of text_files and dataset, or a list of sources, got none"),
+        ({"text_files": []}, "got none"),
+        ({"text_files": "a.txt", "dataset": {"name": "x"}}, "got text_files and dataset"),
         ({"text_files": "a.txt", "held_out_fraction": 0.6}, "held_out_fraction"),
         ({"text_files": "a.txt", "held_out_fraction": 0}, "held_out_fraction"),
         ({"text_files": "a.txt", "sequence_length": 1}, "sequence_length"),

@@ -13,6 +13,7 @@ from datasets import Dataset
 from matplotlib.image import imread
 from tiny_models import FAMILIES, tiny_config, tiny_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from cbd_hub.errors import RecipeError
 from cbd_hub.evaluation import Evaluation, evaluate_loss, plot_size_loss, render_progress
@@ -66,6 +67,62 @@ def test_max_tokens_takes_the_first_blocks(max_tokens: int, rows: int, batch_siz
     got = evaluate_loss(model, make_dataset(blocks), batch_size, max_tokens=max_tokens)
     assert got.num_tokens == 11 * rows
     assert got.loss == pytest.approx(evaluate_loss(model, blocks[:rows]).loss, rel=1e-12)
+
+
+def make_apart(rows: int = 5) -> tuple[Dataset, list[Tensor]]:
+    """Blocks of 12 tokens that hold documents of 5, 1, 4 and 2, and the documents one by one."""
+    blocks, lengths = make_blocks(rows), [5, 1, 4, 2]
+    positions = torch.cat([torch.arange(length) for length in lengths]).expand(rows, -1)
+    columns = {"input_ids": blocks, "position_ids": positions, "labels": blocks.where(positions > 0, -100)}
+    documents = [document for block in blocks for document in block.split(lengths)]
+    return Dataset.from_dict({name: values.tolist() for name, values in columns.items()}), documents
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_documents_kept_apart_are_measured_as_if_alone(family: str, attention: str) -> None:
+    model = tiny_model(tiny_config(family, final_logit_softcapping=2.0 if "gemma" in family else None))
+    model.set_attn_implementation(attention)
+    blocks, documents = make_apart()
+    with torch.no_grad():
+        losses = [
+            F.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="sum").item()
+            for ids in documents
+            if len(ids) > 1
+        ]
+    got = evaluate_loss(model, blocks, batch_size=2)
+    assert got.num_tokens == 5 * (4 + 3 + 1)
+    assert got.loss == pytest.approx(sum(losses) / got.num_tokens, rel=1e-5)
+    assert evaluate_loss(model, blocks.to_iterable_dataset(), batch_size=3).loss == pytest.approx(got.loss, rel=1e-5)
+    assert evaluate_loss(model, make_blocks()).loss != pytest.approx(got.loss, rel=1e-3)
+    with torch.no_grad():  # and the model is left as it was
+        assert torch.equal(model(make_blocks()).logits, model(make_blocks()).logits)
+        assert not model.base_model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("max_tokens, rows", [(1, 1), (15, 1), (16, 2), (39, 4), (40, 5)])
+def test_max_tokens_counts_what_is_predicted(max_tokens: int, rows: int) -> None:
+    blocks, _ = make_apart()
+    assert evaluate_loss(tiny_model(tiny_config("llama")), blocks, 3, max_tokens=max_tokens).num_tokens == 8 * rows
+
+
+@pytest.mark.parametrize("initial", [True, False])
+def test_a_model_that_mixes_documents_up_is_refused(initial: bool) -> None:
+    model = tiny_model(tiny_config("opt"))
+    if initial:  # small weights hide the mistake best
+        model.apply(model._init_weights)
+    blocks, _ = make_apart()
+    with pytest.raises(RecipeError, match="OPTForCausalLM does not keep the documents of a block apart"):
+        evaluate_loss(model, blocks)
+    assert evaluate_loss(model, blocks.select_columns("input_ids")).num_tokens == 55
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_untrained_and_half_precision_models_pass_the_check(family: str, dtype: torch.dtype) -> None:
+    config = tiny_config(family)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    assert evaluate_loss(model, make_apart()[0]).num_tokens == 40
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,5 +1,6 @@
 """What a build is made from: the same ingredients every time, and none that are made up."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,48 @@ def test_splits_share_no_text_and_repeat() -> None:
     assert one.tokenizer.get_vocab() == two.tokenizer.get_vocab()
     assert len(one.tokenizer) <= 300
     assert one.text.train["input_ids"] == two.text.train["input_ids"]
+
+
+def test_several_sources_are_mixed_and_documents_kept_apart(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"body": f"{n} bottles of beer. " * 20}) for n in range(99))
+    )
+    data = {
+        "sources": [
+            {"text_files": str(TEXT / "179*.txt"), "weight": 3},
+            {"dataset": {"name": str(tmp_path), "column": "body"}},
+        ],
+        "sequence_length": 32,
+        "document_boundaries": True,
+    }
+    ingredients = made(data=data)
+    assert len(ingredients.splits) == 2 and ingredients.text is not None and ingredients.tokenizer is not None
+    assert "bottles" in ingredients.tokenizer.decode(ingredients.tokenizer("bottles")["input_ids"])
+    for blocks in (ingredients.text.train, ingredients.text.validation, ingredients.text.test):
+        assert set(blocks.column_names) == {"input_ids", "position_ids", "labels"}
+        of_beer = ["beer" in ingredients.tokenizer.decode(ids) for ids in blocks["input_ids"]]
+        assert 0.1 < sum(of_beer) / len(of_beer) < 0.4
+    calibration = ingredients.calibration()
+    assert calibration is not None and calibration.shape[1] == 32
+
+
+def test_conversations_take_the_template_of_the_tokenizer(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "As ever."}]
+    (tmp_path / "chats").mkdir()
+    lines = [json.dumps({"messages": [*chat, {"role": "user", "content": str(n)}]}) for n in range(60)]
+    (tmp_path / "chats" / "rows.jsonl").write_text("\n".join(lines))
+    tokenizer = AutoTokenizer.from_pretrained(built_chain())
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    data = {"dataset": {"name": str(tmp_path / "chats"), "column": "messages"}, "sequence_length": 16}
+    ingredients = made(data=data, tokenizer=str(tmp_path / "chatty"))
+    assert ingredients.text is not None
+    assert all(
+        text.startswith("[user] How are you? [assistant] As ever. [user] ")
+        for text in ingredients.splits[0].train["text"]
+    )
+    with pytest.raises(RecipeError, match="no chat template"):
+        _ = made(data=data).text
 
 
 def test_calibration_is_the_beginning_of_the_validation_text() -> None:
