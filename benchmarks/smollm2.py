@@ -186,7 +186,7 @@ def measure_controls(bench: Bench) -> None:
     work = bench.path.parent / "work"
 
     def trained(student: PreTrainedModel, teacher: PreTrainedModel | None, units: IndexMap | None, seed: int) -> Any:
-        settings = config.model_copy(update={"seed": seed})
+        settings = config.model_copy(update={"seed": seed} | ({} if teacher else {"ce": 1.0}))
         return distill(
             student, teacher, bench.train, bench.made.validation, settings, index_map=units, work_dir=work / "run"
         )

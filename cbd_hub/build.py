@@ -2,7 +2,8 @@
 
 Every step is a function of the recipe, the text and the finished steps before it, and is written in full before it
 counts: the anchor's folder is renamed into place, then a record of the step appears under ``.build``. A build that was
-killed goes on behind its last record and ends with the same chain. ``chain.json`` is written last of all.
+killed goes on behind its last record and ends with the same chain. ``chain.json`` is written last of all. Under
+``accelerate launch`` every process does the same, trains its share, and the first one writes.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cbd_hub import cards
@@ -144,7 +146,8 @@ class _Build:
             check_neighbours(student, teacher, spec.init)
             blocks = self.made.calibration() if spec.align else None
             student, index_map = adopt(student, teacher, axis_map, blocks, self.progress)
-            save_index_maps({"": index_map}, self.state / f"step-{index}.safetensors")
+            if PartialState().is_main_process:
+                save_index_maps({"": index_map}, self.state / f"step-{index}.safetensors")
         else:
             index_map = self._rank(index, teacher, axis_map, large, small, basis)
             student = cut(teacher, axis_map, large, small, index_map)
@@ -183,8 +186,9 @@ class _Build:
                 return read_index_map(saved["layers"], maps)
         blocks = self.made.calibration()
         index_map = rank(teacher, axis_map, large, small, blocks, basis == "pca", self.progress)
-        save_index_maps({"": index_map}, maps)
-        _write_json(record, {"fingerprint": fingerprint, "layers": [int(i) for i in index_map.layers]})
+        if PartialState().is_main_process:
+            save_index_maps({"": index_map}, maps)
+            _write_json(record, {"fingerprint": fingerprint, "layers": [int(i) for i in index_map.layers]})
         return index_map
 
     def _refit(
@@ -205,33 +209,33 @@ class _Build:
         return {"cut_loss": before}
 
     def step(self, index: int, parent: Anchor | None, basis: str) -> tuple[Anchor, IndexMap | None, str]:
-        """Runs step ``index`` (0 is the source), or takes it from the record of an earlier run."""
+        """Runs step ``index`` (0 is the source) unless an earlier run did; what counts is its record either way."""
         record = self.state / f"step-{index}.json"
-        maps = self.state / f"step-{index}.safetensors"
         fingerprint = step_fingerprint(self.recipe, index)
-        if record.is_file():
-            saved = json.loads(record.read_text(encoding="utf-8"))
-            if saved["fingerprint"] != fingerprint:
-                raise self._another(f"step {index} differs")
-            anchor = Anchor.model_validate_json(json.dumps(saved["anchor"]))
-            for name, entry in anchor.files.items():
-                manifests.check_file(self.output / "anchors" / anchor.name / name, entry)
-            if parent is None:  # the one thing in which later anchors touch an earlier step
-                axis_map = axis_map_for(AutoConfig.from_pretrained(self.output / "anchors" / anchor.name))
-                if (wanted := self._basis(axis_map, axis_map.sizes(anchor.shape))) != saved["basis"]:
-                    raise self._another(f"its basis is {saved['basis']}, these anchors need {wanted}")
-            self.names.add(anchor.name)
-            own = read_index_map(anchor.layer_order, maps) if anchor.layer_order is not None else None
-            return anchor, own, saved["basis"]
-        if parent is None:
-            name, model, training, index_map, basis = self.source()
-        else:
-            name, model, training, index_map, basis = self.anchor(index, parent, basis)
-        init = self.recipe.anchors[index - 1].init if index else None
-        anchor = self._save(name, model, training, index_map, parent, init)
-        _write_json(record, {"fingerprint": fingerprint, "basis": basis, "anchor": anchor.model_dump(mode="json")})
+        if not record.is_file():
+            if parent is None:
+                name, model, training, index_map, basis = self.source()
+            else:
+                name, model, training, index_map, basis = self.anchor(index, parent, basis)
+            if PartialState().is_main_process:
+                init = self.recipe.anchors[index - 1].init if index else None
+                made = self._save(name, model, training, index_map, parent, init).model_dump(mode="json")
+                _write_json(record, {"fingerprint": fingerprint, "basis": basis, "anchor": made})
+            PartialState().wait_for_everyone()
+        saved = json.loads(record.read_text(encoding="utf-8"))
+        if saved["fingerprint"] != fingerprint:
+            raise self._another(f"step {index} differs")
+        anchor = Anchor.model_validate_json(json.dumps(saved["anchor"]))
+        for name, entry in anchor.files.items():
+            manifests.check_file(self.output / "anchors" / anchor.name / name, entry)
+        if parent is None:  # the one thing in which later anchors touch an earlier step
+            axis_map = axis_map_for(AutoConfig.from_pretrained(self.output / "anchors" / anchor.name))
+            if (wanted := self._basis(axis_map, axis_map.sizes(anchor.shape))) != saved["basis"]:
+                raise self._another(f"its basis is {saved['basis']}, these anchors need {wanted}")
         self.names.add(anchor.name)
-        return anchor, index_map, basis
+        maps = self.state / f"step-{index}.safetensors"
+        own = read_index_map(anchor.layer_order, maps) if anchor.layer_order is not None else None
+        return anchor, own, saved["basis"]
 
     def _another(self, why: str) -> OutputExistsError:
         return OutputExistsError(
@@ -262,8 +266,7 @@ class _Build:
         dtype = parse_dtype(self.recipe.dtype)
         model.to(dtype=dtype)  # type: ignore[call-arg]
         model.config.dtype = dtype
-        folder = self.output / "anchors" / name
-        partial = self.state / f"partial-{name}"
+        folder, partial = self.output / "anchors" / name, self.state / f"partial-{name}"
         for old in (folder, partial):
             shutil.rmtree(old, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +293,7 @@ class _Build:
 
     # -- the whole
 
-    def finish(self, anchors: list[Anchor], maps: Mapping[str, IndexMap], basis: str) -> Chain:
+    def finish(self, anchors: list[Anchor], maps: Mapping[str, IndexMap], basis: str) -> None:
         """Writes index maps, checksums, tokenizer, curve and card, and ``chain.json`` last."""
         config: PreTrainedConfig = AutoConfig.from_pretrained(self.output / "anchors" / anchors[0].name)
         axis_map = axis_map_for(config)
@@ -340,7 +343,6 @@ class _Build:
         for anchor in anchors:
             cards.anchor_card(manifest, anchor).save(self.output / "anchors" / anchor.name / "README.md")
         manifests.write_manifest(manifest, self.output)
-        return Chain.from_pretrained(self.output)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -378,8 +380,9 @@ def build_chain(
     output = Path(output_dir).expanduser()
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / ".build").is_dir())):
         raise OutputExistsError(f"{output} exists and holds no build; name a new folder (nothing was changed)")
-    if not resume and output.exists():
+    if not resume and output.exists() and PartialState().is_main_process:
         shutil.rmtree(output)
+    PartialState().wait_for_everyone()
     build = _Build(loaded, base, output, progress)
     build.state.mkdir(parents=True, exist_ok=True)
     anchors: list[Anchor] = []
@@ -390,6 +393,8 @@ def build_chain(
         anchors.append(anchor)
         if index_map is not None:
             maps[anchor.name] = index_map
-    chain = build.finish(anchors, maps, basis)
-    shutil.rmtree(build.state / "work", ignore_errors=True)
-    return chain
+    if PartialState().is_main_process:
+        build.finish(anchors, maps, basis)
+        shutil.rmtree(build.state / "work", ignore_errors=True)
+    PartialState().wait_for_everyone()
+    return Chain.from_pretrained(output)

@@ -386,7 +386,7 @@ def test_the_recipe_is_recorded_without_where_it_is_published(tmp_path: Path) ->
 
 
 def test_the_spread_of_a_reduction_is_the_recipes(tmp_path: Path) -> None:
-    """Waypoints give an anchor of the same size another shape; `layers_last` stands in the manifest, where plans look."""
+    """Waypoints give an anchor of one size another shape; `layers_last` stands in the manifest, where plans look."""
     fields = {"hidden_size": 32, "intermediate_size": 192, "num_hidden_layers": 8, "num_attention_heads": 4}
     config = AutoConfig.for_model("llama", vocab_size=300, tie_word_embeddings=True, **fields)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
@@ -405,3 +405,25 @@ def test_the_spread_of_a_reduction_is_the_recipes(tmp_path: Path) -> None:
     assert by_ffn[1] < usual[1]
     with pytest.raises(RecipeError, match="'width'; axes here"):
         shape("wrong", waypoints=[{"width": 0.5}])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the two processes are to be on the CPU")
+def test_two_processes_build_what_one_does(tmp_path: Path) -> None:
+    """Each trains its share of a batch; the first writes. Ranking, refit and evaluation are done by both."""
+    losses = []
+    for processes in (1, 2):
+        recipe = tiny_recipe()
+        for training in (recipe["source"]["train"]["training"], recipe["distillation"]):
+            training["batch_size"] = 4 // processes
+        path = tmp_path / f"{processes}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        build = ["-m", "cbd_hub", "build", str(path), "--output", str(tmp_path / str(processes))]
+        config = ["--config_file", str(TEXT.parents[1] / "accelerate" / "ddp.yaml"), "--mixed_precision", "no"]
+        launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0", *config]
+        command = [sys.executable, *(launch if processes > 1 else []), *build]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        chain = Chain.from_pretrained(tmp_path / str(processes))
+        losses.append([a.evaluation.loss for a in chain.manifest.anchors if a.evaluation])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)

@@ -49,6 +49,7 @@ ORDER = [
     "ingredients",
     "build",
     "cli",
+    "__main__",
 ]
 
 MAX_LINES = 400

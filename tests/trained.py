@@ -55,22 +55,28 @@ def trained_model(family: str, steps: int = 300, seed: int = 0, **overrides: Any
 
 
 @cache
-def trained_chain(aligned: bool = True) -> Path:
-    """A Llama chain of two anchors, of 5 and 2 layers, that ships calibration tokens; read it, never write to it.
+def _large() -> PreTrainedModel:
+    return trained_model("llama", num_hidden_layers=5)
+
+
+@cache
+def trained_chain(aligned: bool = True, layers: int = 4) -> Path:
+    """A Llama chain of two anchors, the large one of 5 layers, that ships calibration tokens; never write to it.
 
     Args:
         aligned: Whether the small anchor was cut out of the large one and trained on, or trained from a start of its
             own, which the manifest does not say.
+        layers: Of the small anchor.
     """
     _KEPT.append(tempfile.TemporaryDirectory(prefix="cbd-hub-test-"))
-    model = trained_model("llama", num_hidden_layers=5)
-    sizes = {**axis_map_for(model.config).sizes(model.config), "ffn": 40, "layers": 2}
+    model = _large()
+    sizes = {**axis_map_for(model.config).sizes(model.config), "ffn": 40, "layers": layers}
     folder = make_chain(Path(_KEPT[-1].name) / "chain", model, [sizes], noise=0.0)
     small = folder / "anchors" / "a1"
     if aligned:
-        student = train(AutoModelForCausalLM.from_pretrained(small), 200, seed=1)
+        student = train(AutoModelForCausalLM.from_pretrained(small), 100, seed=1, learning_rate=1e-3)
     else:
-        student = trained_model("llama", seed=1, num_hidden_layers=2, intermediate_size=40)
+        student = trained_model("llama", seed=1, num_hidden_layers=layers, intermediate_size=40)
     student.save_pretrained(small)
     refresh(folder)
     return add_calibration(folder, text(64, seed=50))

@@ -1,0 +1,8 @@
+"""``python -m cbd_hub``: the command line, for launchers that start a module (``accelerate launch -m cbd_hub``)."""
+
+from cbd_hub.cli import main
+
+__all__: list[str] = []
+
+if __name__ == "__main__":
+    main()
