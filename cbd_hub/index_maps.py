@@ -63,7 +63,7 @@ def load_index_maps(manifest: Manifest, path: Path | None) -> dict[str, IndexMap
     """
     try:
         tensors = load_file(path) if path else {}
-    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a dtype that numpy does not have
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: a dtype numpy does not have
         raise IntegrityError(f"{path} cannot be read: {error}") from None
     axis_map, maps = manifest.resolved_axis_map, {}
     for large, small in zip(manifest.anchors, manifest.anchors[1:], strict=False):

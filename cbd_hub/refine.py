@@ -216,7 +216,7 @@ def load_calibration(manifest: Manifest, path: Path) -> Tensor:
     """
     try:
         found = load_file(path)
-    except (SafetensorError, OSError, TypeError) as error:
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: a dtype numpy does not have
         raise IntegrityError(f"{path} cannot be read: {error}") from None
     ids, most = found.get("input_ids"), manifest.sizes(manifest.anchors[0])["vocab"]
     if ids is None or ids.dtype != np.int32 or ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:

@@ -36,8 +36,6 @@ from cbd_hub.plan import plan_subset
 from cbd_hub.refine import save_calibration
 from cbd_hub.sizing import count_parameters
 
-FILES = {"index_maps": INDEX_MAPS_NAME, "checksums": CHECKSUMS_NAME, "calibration": CALIBRATION_NAME}
-
 __all__ = [
     "add_calibration",
     "edit_manifest",
@@ -48,6 +46,8 @@ __all__ = [
     "steps_for",
     "variant_model",
 ]
+
+_FILES = {"index_maps": INDEX_MAPS_NAME, "checksums": CHECKSUMS_NAME, "calibration": CALIBRATION_NAME}
 
 
 def variant_model(variant: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
@@ -208,7 +208,7 @@ def refresh(folder: Path) -> None:
         }
     if (folder / CHECKSUMS_NAME).exists():
         (folder / CHECKSUMS_NAME).write_text(json.dumps(digests), encoding="utf-8")
-    for key, name in FILES.items():
+    for key, name in _FILES.items():
         if (folder / name).exists():
             data[key] = file_entry(folder / name).model_dump()
     (folder / MANIFEST_NAME).write_text(json.dumps(data), encoding="utf-8")

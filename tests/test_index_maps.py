@@ -82,8 +82,12 @@ def test_bad_index_maps_are_refused(chain: Path, tmp_path: Path, key: str, value
 def test_damaged_index_maps_are_refused(chain: Path, tmp_path: Path) -> None:
     manifest, path = read_manifest(chain / MANIFEST_NAME), tmp_path / INDEX_MAPS_NAME
     whole = (chain / INDEX_MAPS_NAME).read_bytes()
-    half = b'{"a1/order/ffn":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}'
-    for content in (b"", whole[:-1], whole[:100], len(half).to_bytes(8, "little") + half + b"\0\0"):
+    half, eighth = (
+        b'{"a1/order/ffn":{"dtype":"%s","shape":[1],"data_offsets":[0,%d]}}' % (dtype, size)
+        for dtype, size in ((b"BF16", 2), (b"F8_E4M3", 1))
+    )
+    odd = [len(h).to_bytes(8, "little") + h + bytes(n) for h, n in ((half, 2), (eighth, 1))]
+    for content in (b"", whole[:-1], whole[:100], *odd):
         path.write_bytes(content)
         with pytest.raises(IntegrityError, match=r"cannot be read|must be int32"):
             load_index_maps(manifest, path)
