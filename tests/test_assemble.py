@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_chain import edit_manifest, labels, make_chain, refresh, steps_for, variant_model
+from make_chain import add_calibration, edit_manifest, labels, make_chain, refresh, steps_for, variant_model
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, VARIANTS
 from tokenizers import Tokenizer
@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from cbd_hub.architectures import AXIS_MAPS, axis_map_for
 from cbd_hub.assemble import Chain, from_chain
 from cbd_hub.axis_map import AxisMap
-from cbd_hub.chain import CHECKSUMS_NAME, INDEX_MAPS_NAME, MANIFEST_NAME, file_entry
+from cbd_hub.chain import CALIBRATION_NAME, CHECKSUMS_NAME, INDEX_MAPS_NAME, MANIFEST_NAME, file_entry
 from cbd_hub.errors import (
     CbdError,
     ChainNotFoundError,
@@ -512,15 +512,47 @@ def test_gradients_flow(chain_of: Callable[..., Path]) -> None:
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+# -- refining: tests/test_refine.py has what it does ------------------------------------------------------------------
+
+
+def test_a_refined_model_of_a_chain(llama: Path) -> None:
+    target = middle_size(llama, 1)
+    with pytest.raises(ManifestError, match="'llama-chain' ships no calibration tokens to refine on"):
+        from_chain(llama, target, refine=True)
+    assert Chain.from_pretrained(llama).calibration is None
+    add_calibration(llama, TOKENS.repeat(4, 1))
+    chain = Chain.from_pretrained(llama)
+    assert chain.calibration is not None and torch.equal(chain.calibration, TOKENS.repeat(4, 1))
+    model = from_chain(llama, target, refine=True)
+    assert "refine" not in from_chain(llama, target).config.cbd_hub
+    assert model.config.cbd_hub["refine"]["calibration_loss"] <= model.config.cbd_hub["refine"]["planned_loss"]
+    again = chain.initialize(chain.plan(target), refine=True, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert from_chain(llama, target, refine=True, dtype="float16").dtype == torch.float16
+
+
+def test_a_refined_model_is_a_plain_transformers_model(
+    llama: Path, tmp_path: Path, reload: Callable[[Path], dict[str, Any]]
+) -> None:
+    add_calibration(llama, TOKENS.repeat(4, 1))
+    model = from_chain(llama, middle_size(llama), refine=True, method="prune")
+    model.save_pretrained(tmp_path / "m")
+    answer = reload(tmp_path / "m")
+    assert (answer["logits"], answer["problems"], answer["code"]) == (digest(logits(model)), {}, False)
+    assert not list((tmp_path / "m").glob("calibration*"))
+
+
 # -- whole chains -----------------------------------------------------------------------------------------------------
 
 
 def test_a_chain_is_copied_whole(llama: Path, tmp_path: Path) -> None:
-    chain = Chain.from_pretrained(with_tokenizer(llama))
+    chain = Chain.from_pretrained(add_calibration(with_tokenizer(llama), TOKENS))
     chain.save_pretrained(tmp_path / "copy")
     copy = Chain.from_pretrained(tmp_path / "copy")
     assert [a.name for a in copy.anchors] == ["a0", "a1", "a2"]
     assert copy.tokenizer.convert_tokens_to_ids("w42") == 42
+    assert copy.calibration is not None and torch.equal(copy.calibration, TOKENS)
+    assert (tmp_path / "copy" / CALIBRATION_NAME).read_bytes() == (llama / CALIBRATION_NAME).read_bytes()
     target = middle_size(llama, 1)
     assert torch.equal(logits(from_chain(tmp_path / "copy", target)), logits(from_chain(llama, target)))
     assert not list(tmp_path.glob(".copy*"))

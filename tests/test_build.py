@@ -17,12 +17,13 @@ import torch
 import yaml
 from tiny_models import VARIANTS, tiny_config, tiny_model
 from tiny_recipe import TEXT, built_chain, digests, tiny_recipe
+from trained import train, trained_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cbd_hub.architectures import AXIS_MAPS
 from cbd_hub.assemble import Chain
 from cbd_hub.build import build_chain
-from cbd_hub.chain import read_manifest
+from cbd_hub.chain import file_entry, read_manifest
 from cbd_hub.errors import (
     AxisMapError,
     IntegrityError,
@@ -31,6 +32,9 @@ from cbd_hub.errors import (
     SizeError,
     UnknownArchitectureError,
 )
+from cbd_hub.evaluation import evaluate_loss
+from cbd_hub.ingredients import Ingredients
+from cbd_hub.recipe import load_recipe
 
 # Shapes one step below the tiny models: shallower, with less of everything, and narrower where a family may be.
 NARROWER = {
@@ -160,6 +164,10 @@ def step_recorded(index: int) -> Callable[[Path], bool]:
     return lambda folder: (folder / ".build" / f"step-{index}.json").is_file()
 
 
+def ranking_saved(index: int) -> Callable[[Path], bool]:
+    return lambda folder: (folder / ".build" / f"ranking-{index}.json").is_file()
+
+
 def at_random(folder: Path) -> bool:
     """True at a moment that nobody knows before: within the two seconds or so that training takes."""
     if not (folder / ".build").is_dir():
@@ -168,21 +176,33 @@ def at_random(folder: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("moment", [step_recorded(0), step_recorded(1), at_random], ids=["step-0", "step-1", "random"])
-def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(moment: Callable[[Path], bool], tmp_path: Path) -> None:
-    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "chain"
-    recipe.write_text(yaml.safe_dump(tiny_recipe(), sort_keys=False))
-    started = time.monotonic()
-    process = subprocess.Popen(
+def start_build(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
         [Path(sys.executable).with_name("cbd-hub"), "build", recipe, "--output", folder],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
+
+def wait_for(moment: Callable[[Path], bool], folder: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not moment(folder):
+        assert process.poll() is None, "the build ended by itself before the moment came"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+MOMENTS = {"step-0": step_recorded(0), "ranking-1": ranking_saved(1), "step-1": step_recorded(1), "random": at_random}
+
+
+@pytest.mark.parametrize("moment", MOMENTS.values(), ids=list(MOMENTS))
+def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(moment: Callable[[Path], bool], tmp_path: Path) -> None:
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "chain"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(), sort_keys=False))
+    started = time.monotonic()
+    process = start_build(recipe, folder)
     try:
-        while not moment(folder):
-            assert process.poll() is None, "the build ended by itself before the moment came"
-            assert time.monotonic() - started < 120
-            time.sleep(0.002)
+        wait_for(moment, folder, process)
     finally:
         process.kill()
         process.wait()
@@ -192,9 +212,148 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(moment: Callable[[P
     state = sorted(p.name for p in (folder / ".build").iterdir())
     build_chain(recipe, folder, progress=False)
     assert digests(folder) == digests(built_chain()), f"killed {time.monotonic() - started:.2f} s in, with {state}"
-    assert sorted(p.name for p in (folder / ".build").iterdir()) == sorted(
-        p.name for p in (built_chain() / ".build").iterdir()
+    assert records(folder) == records(built_chain())
+
+
+def records(folder: Path) -> list[str]:
+    return sorted(p.name for p in (folder / ".build").iterdir())
+
+
+def test_a_ranking_that_was_saved_is_not_made_again(tmp_path: Path) -> None:
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "chain"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(), sort_keys=False))
+    process = start_build(recipe, folder)
+    try:
+        wait_for(ranking_saved(1), folder, process)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (folder / ".build" / "step-1.json").exists(), "too late: the step was through"
+    record = folder / ".build" / "ranking-1.json"
+    before = record.stat().st_mtime_ns, record.read_bytes()
+    build_chain(recipe, folder, progress=False)
+    assert (record.stat().st_mtime_ns, record.read_bytes()) == before
+    assert digests(folder) == digests(built_chain())
+
+
+def test_the_saved_ranking_decides_and_one_of_another_recipe_does_not(tmp_path: Path) -> None:
+    source_folder(tmp_path / "source", "llama")
+    recipe = cut_recipe(tmp_path / "source", {"shape": {"num_hidden_layers": 2, "intermediate_size": 56}})
+    first = build_chain(recipe, tmp_path / "chain")
+    kept = first.manifest.anchors[1].layer_order or []
+    record = tmp_path / "chain" / ".build" / "ranking-1.json"
+    saved = json.loads(record.read_text())
+    assert saved["layers"] == kept
+    other = [*sorted(set(range(3)) - {kept[0]}), kept[0]]  # as good an order, and not the one that was measured
+    for fingerprint, wanted in ((saved["fingerprint"], other), ("0" * 64, kept)):
+        (tmp_path / "chain" / ".build" / "step-1.json").unlink()
+        record.write_text(json.dumps({"fingerprint": fingerprint, "layers": other}))
+        again = build_chain(recipe, tmp_path / "chain")
+        assert again.manifest.anchors[1].layer_order == wanted
+    assert json.loads(record.read_text()) == saved
+    build_chain(recipe, tmp_path / "fresh")
+    assert digests(tmp_path / "chain") == digests(tmp_path / "fresh")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_ten_times_at_random(tmp_path: Path) -> None:
+    """Whenever it is killed: anchors that are there are whole, and the chain comes out the same byte for byte."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(), sort_keys=False))
+    expected, generator = digests(built_chain()), random.Random(0)
+    began: Callable[[Path], bool] = lambda folder: (folder / ".build").is_dir()  # noqa: E731
+    process = start_build(recipe, tmp_path / "undisturbed")
+    wait_for(began, tmp_path / "undisturbed", process)
+    started = time.monotonic()
+    assert process.wait(600) == 0
+    wall = time.monotonic() - started
+    assert digests(tmp_path / "undisturbed") == expected
+    killed = []
+    for number in range(10):
+        folder, fraction = tmp_path / str(number), generator.random()
+        process = start_build(recipe, folder)
+        try:
+            wait_for(began, folder, process)
+            time.sleep(fraction * wall)
+        finally:
+            process.kill()
+            killed.append(process.wait() == -signal.SIGKILL)
+        left = digests(folder)
+        whole = {name for name in left if name == "chain.json" or (name[:8] == "anchors/" and name[-3:] != ".md")}
+        what = f"killed after {fraction:.3f} of {wall:.1f} s, leaving {records(folder)}"
+        assert {name: left[name] for name in whole} == {name: expected[name] for name in whole}, what
+        build_chain(recipe, folder, progress=False)
+        assert digests(folder) == expected, what
+        assert records(folder) == records(built_chain()), what
+    assert sum(killed) >= 6  # the others had ended: timings vary
+
+
+# -- what a build measures and ships
+
+
+def test_calibration_tokens_are_shipped_and_named_in_the_manifest() -> None:
+    chain = Chain.from_pretrained(built_chain())
+    wanted = Ingredients(*load_recipe(tiny_recipe())).shipped_calibration()
+    assert wanted is not None and chain.calibration is not None
+    assert torch.equal(chain.calibration, wanted)
+    assert chain.manifest.calibration == file_entry(built_chain() / "calibration.safetensors")
+
+
+def test_a_chain_without_calibration_tokens_ships_none(tmp_path: Path) -> None:
+    source_folder(tmp_path / "source", "llama")
+    chain = build_chain(cut_recipe(tmp_path / "source", 0.7), tmp_path / "chain")
+    assert chain.manifest.calibration is None and chain.calibration is None
+    assert not (tmp_path / "chain" / "calibration.safetensors").exists()
+
+
+@pytest.mark.parametrize("knows_the_text", [True, False])
+def test_a_start_is_refitted_unless_that_raises_its_loss(knows_the_text: bool, tmp_path: Path) -> None:
+    """The second source was trained on other text, where following it more closely is worse than not."""
+    source = trained_model("llama", vocab_size=300)
+    recipe = cut_recipe(
+        tmp_path / "source",
+        {"shape": {"num_hidden_layers": 2, "intermediate_size": 40}, "name": "small"},
+        tokenizer=str(built_chain()),
+        data=tiny_recipe()["data"],
+        calibration_tokens=512,
+        evaluation={"tokens": 500, "curve_points": 1},
     )
+    ingredients = Ingredients(*load_recipe(recipe))
+    assert ingredients.text is not None and ingredients.validation is not None
+    if knows_the_text:
+        train(source, 0, blocks=torch.tensor(ingredients.text.train["input_ids"][:3200]))
+    source.save_pretrained(tmp_path / "source")
+    made = {}
+    for refit in (True, False):
+        chain = build_chain({**recipe, "refit": refit}, tmp_path / str(refit), progress=False)
+        training = chain.manifest.anchors[1].training
+        assert training is not None
+        made[refit] = load_plain(tmp_path / str(refit) / "anchors" / "small"), training.cut_loss
+    losses = {refit: evaluate_loss(model, ingredients.validation).loss for refit, (model, _) in made.items()}
+    assert made[False][1] is None
+    assert made[True][1] == pytest.approx(losses[False], abs=1e-5)
+    changed = {
+        name.split(".", 3)[-1]
+        for name, value in made[True][0].named_parameters()
+        if not torch.equal(value, made[False][0].get_parameter(name))
+    }
+    assert changed == ({"self_attn.o_proj.weight", "mlp.down_proj.weight"} if knows_the_text else set())
+    assert (losses[True] < losses[False] - 0.01) is knows_the_text
+
+
+def test_a_refit_never_starts_training_from_a_higher_loss() -> None:
+    for anchor in read_manifest(built_chain() / "chain.json").anchors[1:]:
+        assert anchor.training is not None
+        assert anchor.training.cut_loss is not None and anchor.training.start_loss is not None
+        assert anchor.training.start_loss <= anchor.training.cut_loss + 1e-6
+
+
+def test_a_built_chain_can_be_refined() -> None:
+    chain = Chain.from_pretrained(built_chain())
+    model = chain.initialize(chain.plan(chain.manifest.curve[0].num_parameters), refine=True, progress=False)
+    said = model.config.cbd_hub["refine"]
+    assert said["calibration_loss"] <= said["planned_loss"]
 
 
 # -- from a model folder

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from cbd_hub.errors import RecipeError, UnknownArchitectureError
 from cbd_hub.ingredients import Ingredients
 from cbd_hub.recipe import load_recipe
+from cbd_hub.refit import REFIT_TOKENS
 
 
 def made(**changes: Any) -> Ingredients:
@@ -89,10 +90,45 @@ def test_calibration_is_the_beginning_of_the_validation_text() -> None:
     assert made(calibration_tokens=0).calibration() is None
 
 
+def test_as_many_validation_blocks_as_the_recipe_allows() -> None:
+    for tokens, blocks in ((1000, 1000 // 31), (31, 1), (1, 1), (10**9, None), (None, None)):
+        ingredients = made(evaluation={"tokens": tokens})
+        assert ingredients.text is not None and ingredients.validation is not None
+        whole = ingredients.text.validation["input_ids"]
+        assert list(ingredients.validation["input_ids"]) == whole[:blocks]
+
+
+def test_what_refine_gets_is_validation_text_too(tmp_path: Path) -> None:
+    """32,768 tokens or all there are; more only where calibration has more."""
+    ingredients = made(calibration_tokens=70)
+    shipped, few = ingredients.shipped_calibration(), ingredients.calibration()
+    assert shipped is not None and few is not None and ingredients.text is not None
+    assert shipped.tolist() == ingredients.text.validation["input_ids"][: 32_768 // 32]
+    assert shipped[: len(few)].tolist() == few.tolist()
+    assert made(calibration_tokens=0).shipped_calibration() is None
+    assert of_model(tmp_path).shipped_calibration() is None
+    (tmp_path / "long.txt").write_text("\n\n".join(f"{n} bottles of beer on the wall. " * 40 for n in range(2000)))
+    data = {"text_files": str(tmp_path / "long.txt"), "sequence_length": 512, "held_out_fraction": 0.5}
+    for asked, rows in ((512, 64), (40_000, 78)):
+        blocks = made(data=data, calibration_tokens=asked).shipped_calibration()
+        assert blocks is not None and blocks.shape == (rows, 512)
+
+
+def test_a_refit_looks_at_training_text_alone(tmp_path: Path) -> None:
+    ingredients = made()
+    blocks = ingredients.refit_blocks()
+    assert blocks is not None and ingredients.text is not None
+    assert blocks.tolist() == ingredients.text.train["input_ids"][: REFIT_TOKENS // 32]
+    held_out = {tuple(ids) for ids in ingredients.text.validation["input_ids"]}
+    assert not held_out & {tuple(ids) for ids in blocks.tolist()}
+    assert of_model(tmp_path).refit_blocks() is None
+
+
 def test_without_data_there_is_neither_text_nor_calibration(tmp_path: Path) -> None:
     ingredients = of_model(tmp_path)
     assert ingredients.text is None
     assert ingredients.calibration() is None
+    assert ingredients.validation is None
     with pytest.raises(RecipeError, match="no `data`"):
         _ = ingredients.splits
 

@@ -34,10 +34,12 @@ def text(rows: int, length: int = 32, seed: int = 0) -> Tensor:
     return ids + _FIRST
 
 
-def train(model: PreTrainedModel, steps: int, seed: int = 0, learning_rate: float = 3e-3) -> PreTrainedModel:
-    """Trains in place on fresh text, and returns the model in ``eval()`` mode."""
+def train(
+    model: PreTrainedModel, steps: int, seed: int = 0, learning_rate: float = 3e-3, blocks: Tensor | None = None
+) -> PreTrainedModel:
+    """Trains in place on fresh text, or once over blocks (N, S), and returns the model in ``eval()`` mode."""
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
-    blocks = text(16 * steps, seed=1000 + seed)
+    blocks = text(16 * steps, seed=1000 + seed) if blocks is None else blocks
     model.train()
     for batch in blocks.split(16):
         model(input_ids=batch, labels=batch).loss.backward()
