@@ -317,12 +317,12 @@ def test_a_start_is_refitted_unless_that_raises_its_loss(knows_the_text: bool, t
         tokenizer=str(built_chain()),
         data=tiny_recipe()["data"],
         calibration_tokens=512,
-        evaluation={"tokens": 500, "curve_points": 1},
+        evaluation={"tokens": 2000, "curve_points": 1},
     )
     ingredients = Ingredients(*load_recipe(recipe))
     assert ingredients.text is not None and ingredients.validation is not None
     if knows_the_text:
-        train(source, 0, blocks=torch.tensor(ingredients.text.train["input_ids"][:3200]))
+        train(source, 0, blocks=torch.tensor(ingredients.text.train["input_ids"]).repeat(5, 1))
     source.save_pretrained(tmp_path / "source")
     made = {}
     for refit in (True, False):
@@ -540,7 +540,7 @@ def test_the_recipe_is_recorded_without_where_it_is_published(tmp_path: Path) ->
     build_chain(recipe, tmp_path / "chain")
     text = (tmp_path / "chain" / "chain.json").read_text()
     assert "someone/secret" not in text
-    assert json.loads(text)["recipe"]["anchors"] == [{"fraction": 0.7}]
+    assert json.loads(text)["recipe"]["anchors"] == [{"fraction": 0.7, "align": True}]
     assert TEXT.is_dir()
 
 

@@ -219,7 +219,8 @@ def test_layers_that_do_nothing_are_dropped_and_come_back_by_cost() -> None:
         mute(model, layer)
     text = own_text(model)
     index_map = rank(model, axis_map, sizes, {**sizes, "layers": 7}, text)
-    assert index_map.layers.tolist() == [0, 1, 2, 4, 5, 7, 8, 3, 6]
+    assert index_map.layers.tolist()[:7] == [0, 1, 2, 4, 5, 7, 8]
+    assert set(index_map.layers[7:]) == {3, 6}  # which of them first is rounding: both do nothing
     assert index_map.layers.dtype == np.int64
     assert index_map.orders == {} and index_map.energy == {}
 
