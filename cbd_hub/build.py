@@ -153,9 +153,8 @@ class _Build:
             student = cut(teacher, axis_map, large, small, index_map)
             if self.recipe.refit:
                 found = self._refit(student, teacher, axis_map, index_map)
-        config = self.recipe.distillation
-        if spec.tokens is not None:
-            config = config.model_copy(update={"tokens": spec.tokens})
+        tokens = {} if spec.tokens is None else {"tokens": spec.tokens}
+        config = self.recipe.distillation.model_copy(update=tokens)
         if config.tokens == 0:
             training = Training(tokens=0, seed=config.seed)
         elif self.made.text is None:
@@ -187,6 +186,7 @@ class _Build:
         blocks = self.made.calibration()
         index_map = rank(teacher, axis_map, large, small, blocks, basis == "pca", self.progress)
         if PartialState().is_main_process:
+            record.unlink(missing_ok=True)  # it never stands beside maps that are not its own
             save_index_maps({"": index_map}, maps)
             _write_json(record, {"fingerprint": fingerprint, "layers": [int(i) for i in index_map.layers]})
         return index_map

@@ -29,6 +29,7 @@ __all__ = [
     "INDEX_MAPS_NAME",
     "MANIFEST_NAME",
     "Anchor",
+    "Barrier",
     "CurvePoint",
     "Evaluation",
     "FileEntry",
@@ -159,6 +160,12 @@ class Barrier(_Strict):
     """Nats a token."""
     height: float
     """How far the losses rise above the straight line between the two ends; negative where they sag."""
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "Barrier":
+        if len(self.alphas) != len(self.losses):
+            raise ValueError(f"a barrier has {len(self.alphas)} alphas and {len(self.losses)} losses")
+        return self
 
 
 class CurvePoint(_Strict):
