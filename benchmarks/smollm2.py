@@ -26,10 +26,10 @@ from transformers import PreTrainedModel
 from cbd_hub import Chain
 from cbd_hub.build import cut
 from cbd_hub.data import pack
-from cbd_hub.distill import distill, kept_hidden
+from cbd_hub.distill import distill
 from cbd_hub.documents import load_documents
 from cbd_hub.evaluation import evaluate_loss, plot_size_loss
-from cbd_hub.index_maps import IndexMap
+from cbd_hub.index_maps import IndexMap, kept_hidden
 from cbd_hub.ingredients import Ingredients
 from cbd_hub.materialize import build_model, make_tensor, target_config
 from cbd_hub.operations import list_operations
@@ -88,7 +88,7 @@ class Bench:
         if blocks is None:
             raise SystemExit("the chain ships no calibration tokens")
         sizes = self.map.sizes(model.config)
-        layers = sorted(int(i) for i in index_map.layers[: sizes["layers"]])
+        layers = index_map.layers_of(sizes["layers"])
         kept = kept_hidden(index_map, sizes["hidden"], self.map.sizes(large.config)["hidden"])
         refit(model, large, self.map, layers, kept, blocks[: REFIT_TOKENS // blocks.shape[1]])
         return model

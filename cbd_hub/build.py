@@ -26,12 +26,12 @@ from cbd_hub.axis_map import AxisMap
 from cbd_hub.basis import rotate
 from cbd_hub.chain import Anchor, Manifest, Training
 from cbd_hub.checkpoints import checksum_file
-from cbd_hub.distill import distill, kept_hidden
+from cbd_hub.distill import distill
 from cbd_hub.errors import OutputExistsError, RecipeError
 from cbd_hub.evaluation import evaluate_loss
 from cbd_hub.hub import Location
 from cbd_hub.importance import rank
-from cbd_hub.index_maps import IndexMap, read_index_map, save_index_maps
+from cbd_hub.index_maps import IndexMap, kept_hidden, read_index_map, save_index_maps
 from cbd_hub.ingredients import Ingredients
 from cbd_hub.materialize import build_model, make_tensor, parse_dtype, target_config
 from cbd_hub.measure import measure_barriers, measure_curve, plot_chain
@@ -201,7 +201,7 @@ class _Build:
         before = evaluate_loss(student, self.made.validation).loss
         weights = {name: p.detach().clone() for name, p in student.named_parameters()}
         small, large = axis_map.sizes(student.config), axis_map.sizes(teacher.config)
-        layers = [int(i) for i in index_map.layers[: small["layers"]]]
+        layers = index_map.layers_of(small["layers"])
         kept = kept_hidden(index_map, small["hidden"], large["hidden"])
         refit(student, teacher, axis_map, layers, kept, blocks, progress=self.progress)
         if not evaluate_loss(student, self.made.validation).loss < before:

@@ -17,16 +17,15 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from cbd_hub.chain import Training
 from cbd_hub.errors import RecipeError
-from cbd_hub.index_maps import IndexMap
+from cbd_hub.index_maps import IndexMap, kept_hidden
 from cbd_hub.trainer import AnchorTrainer, DistillationConfig, TokenCount, collate
 
-__all__ = ["AnchorTrainer", "DistillationConfig", "TokenCount", "block_ends", "collate", "distill", "kept_hidden"]
+__all__ = ["AnchorTrainer", "DistillationConfig", "TokenCount", "block_ends", "collate", "distill"]
 
 # What accelerate leaves on a model that it prepared; the first two would run it under autocast ever after.
 _LEFT_BEHIND = ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -46,12 +45,6 @@ def block_ends(index_map: IndexMap, small_layers: int, large_layers: int) -> lis
     if len(kept) != small_layers or sorted(set(kept)) != kept or not kept or kept[-1] >= large_layers:
         raise RecipeError(f"The kept layers {kept} are not {small_layers} ascending layers of {large_layers}.")
     return [following - 1 for following in kept[1:]] + [large_layers - 1]
-
-
-def kept_hidden(index_map: IndexMap, small_hidden: int, large_hidden: int) -> Tensor | None:
-    """Returns the teacher's hidden coordinates that the student kept, (small_hidden,) int64; None for all in order."""
-    kept = torch.from_numpy(index_map.order("hidden", None, large_hidden)[:small_hidden].copy())
-    return None if torch.equal(kept, torch.arange(large_hidden)) else kept
 
 
 def distill(

@@ -6,17 +6,16 @@ between them: a chain interpolates well when the curve lies on or below the stra
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub.utils.tqdm import tqdm
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cbd_hub.data import block_batches
@@ -93,8 +92,7 @@ def evaluate_loss(
                     positions = batch.get("position_ids")
                     if positions is not None and not num_tokens:
                         _check_boundaries(model)
-                    with _at_positions(model, positions):
-                        hidden, head = hidden_and_head(model, batch["input_ids"])
+                    hidden, head = hidden_and_head(model, batch["input_ids"], position_ids=positions)
                     terms = distillation_loss(hidden, head, None, None, batch["labels"], num_items=1)
                     total += terms.ce.item()
                     num_tokens += terms.num_tokens
@@ -108,23 +106,6 @@ def evaluate_loss(
     return Evaluation(loss, math.exp(loss) if loss < 700 else math.inf, num_tokens)
 
 
-@contextmanager
-def _at_positions(model: PreTrainedModel, position_ids: Tensor | None) -> Iterator[None]:
-    """Has a model read its tokens at the given positions (B, S), however it is called."""
-    if position_ids is None:
-        yield
-        return
-
-    def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, "position_ids": position_ids}
-
-    hook = model.base_model.register_forward_pre_hook(add, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def _check_boundaries(model: PreTrainedModel) -> None:
     """Refuses a model that lets a document see the one before it: transformers' OPT does, and any without positions.
 
@@ -134,8 +115,8 @@ def _check_boundaries(model: PreTrainedModel) -> None:
         ids = (
             torch.tensor([[1, 2, 3, 4], [5, 6, 3, 4]], device=model.device) % model.config.get_text_config().vocab_size
         )
-        with _at_positions(model, torch.tensor([[0, 1, 0, 1]] * 2, device=model.device)):
-            one, other = hidden_and_head(model, ids)[0].float()
+        positions = torch.tensor([[0, 1, 0, 1]] * 2, device=model.device)
+        one, other = hidden_and_head(model, ids, position_ids=positions)[0].float()
         apart = (one - other).abs().amax(1)
         if apart[2:].max() <= 1e-3 * apart[:2].max():  # 0, but for the rounding of a fused kernel
             return

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
 from cbd_hub.chain import Anchor, Manifest
 from cbd_hub.errors import IntegrityError
 
-__all__ = ["IndexMap", "load_index_maps", "read_index_map", "save_index_maps"]
+__all__ = ["IndexMap", "kept_hidden", "load_index_maps", "read_index_map", "save_index_maps"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,22 @@ class IndexMap:
     """Norm gain → share of every hidden unit in the mean square of the norm's input, times the number of units, so
     that it averages 1: (units,), or (layers of the parent, units) for a norm in every layer."""
 
+    def layers_of(self, count: int) -> list[int]:
+        """Returns the parent's layers, ascending, that a model of ``count`` layers is made from."""
+        return sorted(int(layer) for layer in self.layers[:count])
+
     def order(self, axis: str, layer: int | None, size: int) -> np.ndarray:
         """Returns the order of the parent's units on an axis (of one layer): int64, (size,)."""
         order = self.orders.get(axis)
         if order is None:
             return np.arange(size, dtype=np.int64)
         return (order if order.ndim == 1 else order[layer]).astype(np.int64)
+
+
+def kept_hidden(index_map: IndexMap, small_hidden: int, large_hidden: int) -> Tensor | None:
+    """Returns the teacher's hidden coordinates that the student kept, (small_hidden,) int64; None for all in order."""
+    kept = torch.from_numpy(index_map.order("hidden", None, large_hidden)[:small_hidden].copy())
+    return None if torch.equal(kept, torch.arange(large_hidden)) else kept
 
 
 def save_index_maps(maps: Mapping[str, IndexMap], path: Path) -> None:

@@ -55,7 +55,10 @@ class LossTerms(NamedTuple):
 
 
 def hidden_and_head(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Head]:
     """Runs a causal language model up to its head, so that the head can be applied to a few tokens at a time.
 
@@ -66,6 +69,7 @@ def hidden_and_head(
         model: any transformers causal language model.
         input_ids: (B, S) token ids.
         attention_mask: (B, S), 0 where a token is padding.
+        position_ids: (B, S), starting again with each document of a packed block; None counts through.
 
     Returns:
         hidden states (B, S, H) and the head, a map from (..., H) to logits (..., V).
@@ -76,14 +80,15 @@ def hidden_and_head(
     B batch, S sequence, H hidden size, V vocabulary.
     """
     config = model.config.get_text_config()
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
     if any(getattr(config, field, None) not in (None, 1.0) for field in _LOGIT_FIELDS):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        return logits, nn.Identity()
+        return model(**inputs).logits, nn.Identity()
     head = model.get_output_embeddings()
     if head is None:
         raise RecipeError(f"{type(model).__name__} has no head; load it with AutoModelForCausalLM.")
-    outputs = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return outputs.last_hidden_state, head
+    return model.base_model(**inputs).last_hidden_state, head
 
 
 def distillation_loss(

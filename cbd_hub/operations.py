@@ -75,7 +75,7 @@ def list_operations(
         own_weight: Weight with which units that only the large anchor has write the residual stream. With
             1 - alpha**2, alpha = 1 is the small anchor expanded exactly and alpha = 0 the large one alone.
     """
-    large_layers = sorted(int(i) for i in index_map.layers[: target["layers"]])
+    large_layers = index_map.layers_of(target["layers"])
     partner = {int(i): j for j, i in enumerate(index_map.layers[: small["layers"]])}
     operations = []
     for name, pattern, layer in axis_map.names(target):

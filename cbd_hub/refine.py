@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from cbd_hub.chain import Manifest
 from cbd_hub.errors import IntegrityError
 from cbd_hub.evaluation import evaluate_loss, render_progress
-from cbd_hub.index_maps import IndexMap
+from cbd_hub.index_maps import IndexMap, kept_hidden
 from cbd_hub.operations import list_operations
 from cbd_hub.plan import Plan
 from cbd_hub.refit import REFIT_TOKENS, can_refit, refit
@@ -123,10 +123,8 @@ def choose(
                 large.append(nn.Module.to(load_large(), device))
             made, axis_map = candidate.plan, manifest.resolved_axis_map
             units = made.index_map or IndexMap(np.arange(made.sizes["layers"]))
-            layers = sorted(int(i) for i in units.layers[: made.sizes["layers"]])
-            hidden = axis_map.sizes(large[0].config)["hidden"]
-            kept = torch.from_numpy(units.order("hidden", None, hidden)[: made.sizes["hidden"]])
-            refit(model, large[0], axis_map, layers, kept, fit_blocks)
+            kept = kept_hidden(units, made.sizes["hidden"], axis_map.sizes(large[0].config)["hidden"])
+            refit(model, large[0], axis_map, units.layers_of(made.sizes["layers"]), kept, fit_blocks)
         return model
 
     best = Candidate("planned", plan)

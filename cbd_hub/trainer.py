@@ -115,7 +115,7 @@ class AnchorTrainer(Trainer):
             trains with cross-entropy alone.
         ends: Teacher layer that each student layer meets (:func:`cbd_hub.distill.block_ends`); None compares no
             hidden states.
-        kept: The teacher's hidden coordinates, in the student's order (:func:`cbd_hub.distill.kept_hidden`); None
+        kept: The teacher's hidden coordinates, in the student's order (:func:`cbd_hub.index_maps.kept_hidden`); None
             for all.
 
     Raises:

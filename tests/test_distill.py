@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from tiny_pair import LENGTH, packed_text, pair
 from torch import Tensor, nn
 
-from cbd_hub.distill import DistillationConfig, block_ends, distill, kept_hidden
+from cbd_hub.distill import DistillationConfig, block_ends, distill
 from cbd_hub.errors import RecipeError
 from cbd_hub.evaluation import evaluate_loss
-from cbd_hub.index_maps import IndexMap
+from cbd_hub.index_maps import IndexMap, kept_hidden
 
 FAST = DistillationConfig(tokens=2 * 4 * LENGTH, batch_size=4, learning_rate=1e-3)
 
