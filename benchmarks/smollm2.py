@@ -24,14 +24,13 @@ import torch
 from transformers import PreTrainedModel
 
 from cbd_hub import Chain
-from cbd_hub.build import cut
 from cbd_hub.data import pack
 from cbd_hub.distill import distill
 from cbd_hub.documents import load_documents
 from cbd_hub.evaluation import evaluate_loss, plot_size_loss
 from cbd_hub.index_maps import IndexMap, kept_hidden
 from cbd_hub.ingredients import Ingredients
-from cbd_hub.materialize import build_model, make_tensor, target_config
+from cbd_hub.materialize import build_model, cut, make_tensor, target_config
 from cbd_hub.operations import list_operations
 from cbd_hub.plan import Plan
 from cbd_hub.recipe import load_recipe

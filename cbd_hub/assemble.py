@@ -5,8 +5,7 @@ then are weights read: each tensor once, blended in float32, cast once, and its 
 memory stays near the target's size plus the largest pair of source tensors.
 """
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -15,7 +14,6 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.tqdm import tqdm
-from pydantic import TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -26,10 +24,21 @@ from cbd_hub.checkpoints import Checkpoint
 from cbd_hub.errors import ChainNotFoundError, IntegrityError, ManifestError
 from cbd_hub.hub import Location
 from cbd_hub.index_maps import IndexMap, load_index_maps
-from cbd_hub.materialize import Read, build_model, make_tensor, parse_dtype, target_config, whole_folder
-from cbd_hub.plan import Plan, make_plan
+from cbd_hub.materialize import Read, build_model, make_tensor, parse_dtype, target_config
+from cbd_hub.plan import Plan, make_plan, needed_by
+from cbd_hub.publish import Published, publish
+from cbd_hub.ranges import Run
 from cbd_hub.refine import choose, load_calibration
 from cbd_hub.sizing import Sizes
+from cbd_hub.sources import (
+    anchor_place,
+    checked_file,
+    copy_chain,
+    open_checkpoint,
+    read_checksums,
+    reader,
+    weight_files,
+)
 
 __all__ = ["Chain", "ChainAnchor", "from_chain"]
 
@@ -104,6 +113,7 @@ class Chain:
             raise ChainNotFoundError(f"{place} is a file; name the folder that holds {manifests.MANIFEST_NAME}")
         location = Location(place, revision, "", token, cache_dir, local_files_only, force_download)
         path = location.file(manifests.MANIFEST_NAME)
+        location.verify(path)
         return cls(location.pinned(path), manifests.read_manifest(path))
 
     @property
@@ -120,41 +130,19 @@ class Chain:
         """
         if not self.manifest.tokenizer:
             raise IntegrityError(f"the chain {self.manifest.name!r} ships no tokenizer")
-        paths = [self._checked(self.location, name, entry) for name, entry in self.manifest.tokenizer.items()]
+        paths = [checked_file(self.location, name, entry) for name, entry in self.manifest.tokenizer.items()]
         return AutoTokenizer.from_pretrained(paths[0].parent)
 
     @cached_property
     def index_maps(self) -> dict[str, IndexMap]:
         """How each anchor's units correspond to its larger neighbour's, by the smaller one's name."""
         entry = self.manifest.index_maps
-        path = self._checked(self.location, manifests.INDEX_MAPS_NAME, entry) if entry else None
+        path = checked_file(self.location, manifests.INDEX_MAPS_NAME, entry) if entry else None
         return load_index_maps(self.manifest, path)
 
     @cached_property
     def _checksums(self) -> dict[str, dict[str, str]]:
-        if self.manifest.checksums is None:
-            return {}
-        path = self._checked(self.location, manifests.CHECKSUMS_NAME, self.manifest.checksums)
-        try:
-            return TypeAdapter(dict[str, dict[str, str]]).validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise IntegrityError(f"{path} is malformed: {error.errors()[0]['msg']}") from None
-
-    @staticmethod
-    def _checked(location: Location, name: str, entry: manifests.FileEntry) -> Path:
-        try:
-            path = location.file(name)
-        except ChainNotFoundError as error:
-            if location.is_local:
-                raise IntegrityError(f"{error}, which the manifest names") from None
-            raise
-        manifests.check_file(path, entry)
-        return path
-
-    def _place(self, anchor: Anchor) -> Location:
-        if anchor.repo_id:
-            return self.location.elsewhere(anchor.repo_id, anchor.revision).inside(anchor.subfolder)
-        return self.location.inside(anchor.subfolder)
+        return read_checksums(self.manifest, self.location)
 
     def _entry(self, name: str) -> Anchor:
         return next(a for a in self.manifest.anchors if a.name == name)
@@ -176,37 +164,21 @@ class Chain:
         """
         return make_plan(self.manifest, self.index_maps, num_parameters, shape, alpha, method, tolerance)
 
-    def checkpoint(self, anchor: Anchor) -> Checkpoint:
-        """Opens the headers of an anchor's weights and checks them against the manifest; reads no weight.
+    def checkpoint(
+        self, anchor: Anchor, needed: Mapping[str, Sequence[Run]] | None = None, progress: bool = True
+    ) -> Checkpoint:
+        """Opens an anchor's weights and checks their headers against the manifest; reads no weight.
+
+        Args:
+            anchor: The anchor.
+            needed: Parameter → byte runs of it that will be read, so that no more is fetched; None is everything.
+            progress: Show a progress bar while ranges are fetched.
 
         Raises:
             IntegrityError: Damaged files, or other tensors than the manifest says.
         """
-        place = self._place(anchor)
-        names = [name for name in anchor.files if name.endswith(".safetensors")]
-        if not names:
-            raise IntegrityError(f"anchor {anchor.name!r} has no safetensors file; no other weights are read")
-        checksums, paths = self._checksums.get(anchor.name), []
-        for name in names:
-            try:
-                path = place.file(name)
-            except ChainNotFoundError as error:
-                raise IntegrityError(f"anchor {anchor.name!r}: {error}") from None
-            if path.stat().st_size != anchor.files[name].size:
-                raise IntegrityError(
-                    f"{name} of anchor {anchor.name!r} has {path.stat().st_size} bytes; the manifest says "
-                    f"{anchor.files[name].size}: the file is damaged or incomplete, fetch it again"
-                )
-            if checksums is None:  # no digest a tensor: then of the whole file
-                manifests.check_file(path, anchor.files[name])
-            paths.append(path)
-        axis_map = self.manifest.resolved_axis_map
-        checkpoint = Checkpoint(paths, axis_map, checksums)
-        try:
-            checkpoint.check(axis_map.sizes(anchor.shape), parse_dtype(anchor.dtype))
-        except IntegrityError as error:
-            raise IntegrityError(f"anchor {anchor.name!r}: {error}") from None
-        return checkpoint
+        place, checksums = anchor_place(self.location, anchor), self._checksums.get(anchor.name)
+        return open_checkpoint(place, anchor, self.manifest.resolved_axis_map, checksums, needed, progress)
 
     def config(self, anchor: Anchor) -> PreTrainedConfig:
         """Returns an anchor's transformers config, checked against the manifest.
@@ -215,7 +187,7 @@ class Chain:
             IntegrityError: The file differs from the manifest's hash.
             ManifestError: The config contradicts the manifest's shape or axis map.
         """
-        path = self._checked(self._place(anchor), "config.json", anchor.files["config.json"])
+        path = checked_file(anchor_place(self.location, anchor), "config.json", anchor.files["config.json"])
         try:
             config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
         except (ValueError, KeyError, OSError, TypeError, AttributeError, StrictDataclassError) as error:
@@ -241,7 +213,7 @@ class Chain:
         """
         if self.manifest.calibration is None:
             return None
-        path = self._checked(self.location, manifests.CALIBRATION_NAME, self.manifest.calibration)
+        path = checked_file(self.location, manifests.CALIBRATION_NAME, self.manifest.calibration)
         return load_calibration(self.manifest, path)
 
     def initialize(
@@ -269,21 +241,26 @@ class Chain:
         if refine and plan.method != "anchor":
             if self.calibration is None:
                 raise ManifestError(f"the chain {self.manifest.name!r} ships no calibration tokens to refine on")
+            for anchor in (large, small):  # the candidates differ in what they need, and one needs everything
+                for name in weight_files(anchor):
+                    anchor_place(self.location, anchor).file(name)
             make = partial(self.initialize, dtype=torch.float32, progress=False)
             load_large = partial(ChainAnchor(self, large).load, torch.float32)
             return choose(plan, self.manifest, make, load_large, self.calibration, out_dtype, progress)
         config = target_config(self.config(large), axis_map, plan)
         if small is not large:
             self.config(small)  # checked, though what a model needs of it stands in the manifest
-        needed = {plan.large: any(op.large for op in plan.operations), plan.small: True}
-        if plan.large != plan.small:
-            needed[plan.small] = any(op.small for op in plan.operations)
-        files = {name: self.checkpoint(self._entry(name)) for name, used in needed.items() if used}
+        needed = needed_by(self.manifest, large, small, plan.sizes, plan.index_map, plan.operations)
 
         def source(entry: Anchor) -> tuple[Sizes, Read]:
-            return axis_map.sizes(entry.shape), files[entry.name].read if entry.name in files else _unread
+            read: Read = _unread
+            if needed[entry.name]:
+                checkpoint = self.checkpoint(entry, needed[entry.name], progress)
+                read = reader(anchor_place(self.location, entry), checkpoint)
+            return axis_map.sizes(entry.shape), read
 
-        large_source, small_source = source(large), source(small)
+        large_source = source(large)
+        small_source = large_source if small is large else source(small)
         state = {}
         for op in tqdm(
             plan.operations, desc=f"{plan.method} {self.manifest.name}", unit="tensor", disable=not progress
@@ -293,7 +270,9 @@ class Chain:
             )
         model = build_model(config, state, out_dtype)
         if "generation_config.json" in large.files:
-            path = self._checked(self._place(large), "generation_config.json", large.files["generation_config.json"])
+            path = checked_file(
+                anchor_place(self.location, large), "generation_config.json", large.files["generation_config.json"]
+            )
             try:
                 model.generation_config = GenerationConfig.from_pretrained(path.parent)
             except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
@@ -322,25 +301,43 @@ class Chain:
             OutputExistsError: The folder is not empty.
             IntegrityError: A file is not what the manifest says; nothing is left behind then.
         """
-        top: dict[str, manifests.FileEntry] = dict(self.manifest.tokenizer)
-        if self.manifest.index_maps:
-            top[manifests.INDEX_MAPS_NAME] = self.manifest.index_maps
-        if self.manifest.checksums:
-            top[manifests.CHECKSUMS_NAME] = self.manifest.checksums
-        if self.manifest.calibration:
-            top[manifests.CALIBRATION_NAME] = self.manifest.calibration
-        wanted = [(self.location, "", name, entry) for name, entry in top.items()]
-        anchors = []
-        for anchor in self.manifest.anchors:
-            inner = f"anchors/{anchor.name}"
-            wanted += [(self._place(anchor), inner, name, entry) for name, entry in anchor.files.items()]
-            anchors.append(anchor.model_copy(update={"repo_id": None, "revision": None, "subfolder": inner}))
-        with whole_folder(folder) as temporary:
-            for place, inner, name, entry in tqdm(wanted, desc="copying", unit="file"):
-                destination = temporary / inner / name
-                destination.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self._checked(place, name, entry), destination)
-            manifests.write_manifest(self.manifest.model_copy(update={"anchors": anchors}), temporary)
+        copy_chain(self.manifest, self.location, Path(folder))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        collection: bool = True,
+        *,
+        branch: str | None = None,
+        create_pr: bool = False,
+        license: str | None = None,
+        dry_run: bool = False,
+        progress: bool = True,
+    ) -> Published:
+        """Publishes the chain: a repository for each anchor, one for the chain, and a Collection.
+
+        The arguments are those of :func:`cbd_hub.publish.publish`. Pushing again uploads only what changed.
+
+        Raises:
+            PublishError: No permission, a repository that holds something else, or a connection that broke. The
+                manifest that was published last stays valid, and the next push finishes the work.
+            IntegrityError: A file of the chain is not what the manifest says; nothing was uploaded.
+        """
+        return publish(
+            self.manifest,
+            self.location,
+            repo_id,
+            private=private,
+            token=self.location.token if token is None else token,
+            collection=collection,
+            branch=branch,
+            create_pr=create_pr,
+            license=license,
+            dry_run=dry_run,
+            progress=progress,
+        )
 
 
 def _unread(name: str) -> torch.Tensor:

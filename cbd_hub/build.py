@@ -33,43 +33,16 @@ from cbd_hub.hub import Location
 from cbd_hub.importance import rank
 from cbd_hub.index_maps import IndexMap, kept_hidden, read_index_map, save_index_maps
 from cbd_hub.ingredients import Ingredients
-from cbd_hub.materialize import build_model, make_tensor, parse_dtype, target_config
+from cbd_hub.materialize import cut, parse_dtype
 from cbd_hub.measure import measure_barriers, measure_curve, plot_chain
-from cbd_hub.plan import plan_subset
 from cbd_hub.recipe import AnchorSpec, Recipe, load_recipe, step_fingerprint
 from cbd_hub.refine import save_calibration
 from cbd_hub.refit import can_refit, refit
 from cbd_hub.sizing import Sizes, count_parameters, format_count, ladder
 
-__all__ = ["build_chain", "cut"]
+__all__ = ["build_chain"]
 
 _LIBRARIES = ("cbd_hub", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
-
-
-def cut(model: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, index_map: IndexMap) -> PreTrainedModel:
-    """Returns a student that is a subset of a model: the units that an index map puts first.
-
-    Args:
-        model: The larger neighbour; not changed, and no tensor is shared with it.
-        axis_map: Its resolved map.
-        large: Its sizes.
-        small: Sizes of the student.
-        index_map: Which units are kept.
-
-    Raises:
-        AxisMapError: The sizes break a rule of the family.
-    """
-    plan = plan_subset(axis_map, large, small, index_map)
-    state = model.state_dict()
-
-    def read(name: str) -> torch.Tensor:
-        return state[name].detach().cpu().clone()
-
-    tensors = {
-        op.name: make_tensor(op, axis_map, index_map, (large, read), (small, read), small, model.dtype)
-        for op in plan.operations
-    }
-    return build_model(target_config(model.config, axis_map, plan), tensors, model.dtype)
 
 
 class _Build:
@@ -375,6 +348,7 @@ def build_chain(
         RecipeError: The recipe is malformed or cannot be carried out.
         OutputExistsError: The folder holds something else, or a build of another recipe.
         SizeError: An anchor's size cannot be had.
+        PublishError: The recipe has ``hub:`` and the finished chain could not be published; it is on disk.
     """
     loaded, base = load_recipe(recipe)
     output = Path(output_dir).expanduser()
@@ -396,5 +370,8 @@ def build_chain(
     if PartialState().is_main_process:
         build.finish(anchors, maps, basis)
         shutil.rmtree(build.state / "work", ignore_errors=True)
+        if hub := loaded.hub:
+            chain = Chain.from_pretrained(output)
+            chain.push_to_hub(hub.repo_id, hub.private, license=hub.license, progress=progress)
     PartialState().wait_for_everyone()
     return Chain.from_pretrained(output)

@@ -6,6 +6,7 @@ to one line and loses its meaning in Markdown, unless a filter of this module ma
 names a value which does not exist is an error, not an empty place.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -25,7 +26,7 @@ from cbd_hub.errors import SizeError
 from cbd_hub.plan import Plan
 from cbd_hub.sizing import format_count, parse_count, solve
 
-__all__ = ["CURVE_PICTURE", "anchor_card", "chain_card", "model_card"]
+__all__ = ["CURVE_PICTURE", "anchor_card", "chain_card", "is_generated", "model_card"]
 
 CURVE_PICTURE = "size_loss.png"
 """Picture of the size-loss curve that a chain's card shows if it lies in the chain's folder."""
@@ -58,13 +59,16 @@ def chain_card(manifest: Manifest, repo_id: str | None = None, *, folder: Path |
     )
 
 
-def anchor_card(manifest: Manifest, anchor: Anchor, repo_id: str | None = None) -> ModelCard:
+def anchor_card(
+    manifest: Manifest, anchor: Anchor, repo_id: str | None = None, *, chain: str | None = None
+) -> ModelCard:
     """Returns the card of one anchor.
 
     Args:
         manifest: The manifest of its chain.
         anchor: The anchor, with the place that it has or will have.
         repo_id: Repository that holds the anchor; None takes the manifest's, or a local folder where there is none.
+        chain: Repository of the chain; None where it is local.
     """
     parent = next((a for a in manifest.anchors if a.name == anchor.parent), None)
     place = repo_id or anchor.repo_id
@@ -92,6 +96,8 @@ def anchor_card(manifest: Manifest, anchor: Anchor, repo_id: str | None = None) 
         subfolder=subfolder,
         tokenizer_place=tokenizer[0],
         tokenizer_subfolder=tokenizer[1],
+        chain=chain,
+        size=_example_size(manifest),
     )
 
 
@@ -287,5 +293,22 @@ def _render(template: str, metadata: ModelCardData, **values: Any) -> ModelCard:
         _environment()
         .get_template(template)
         .render(metadata=_Safe(metadata.to_yaml()), library_version=version("cbd_hub"), **values)
+        .rstrip()
     )
-    return ModelCard(text)
+    card = ModelCard(text + "\n")
+    body = card.content.rstrip()
+    card.content = f"{body}\n\n<!-- {_MARK} {_digest(body)} -->\n"
+    return card
+
+
+_MARK = "cbd_hub wrote this card and may write it again for as long as nobody edits it:"
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(" ".join(content.split()).encode()).hexdigest()[:16]
+
+
+def is_generated(content: str) -> bool:
+    """Returns whether a card is as this module wrote it: then nobody's work is lost by writing it again."""
+    body, _, mark = content.rpartition("<!--")
+    return mark.strip() == f"{_MARK} {_digest(body)} -->"

@@ -37,6 +37,7 @@ __all__ = [
     "Training",
     "check_file",
     "file_entry",
+    "manifest_text",
     "read_manifest",
     "write_manifest",
 ]
@@ -213,6 +214,16 @@ class Manifest(_Strict):
         """The axis map as an object."""
         return AxisMap.from_dict(self.axis_map)
 
+    @property
+    def top_files(self) -> dict[str, FileEntry]:
+        """Every file at the top of the chain that the manifest vouches for."""
+        named = {
+            INDEX_MAPS_NAME: self.index_maps,
+            CHECKSUMS_NAME: self.checksums,
+            CALIBRATION_NAME: self.calibration,
+        }
+        return {**self.tokenizer, **{name: entry for name, entry in named.items() if entry is not None}}
+
     def sizes(self, anchor: Anchor) -> dict[str, int]:
         """Returns the axis sizes of an anchor."""
         return self.resolved_axis_map.sizes(anchor.shape)
@@ -261,11 +272,15 @@ class Manifest(_Strict):
         return self
 
 
+def manifest_text(manifest: Manifest) -> str:
+    """Returns what ``chain.json`` holds."""
+    return json.dumps(manifest.model_dump(mode="json", exclude_none=True), indent=1, ensure_ascii=False) + "\n"
+
+
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Writes ``chain.json`` atomically (never half a file)."""
-    text = json.dumps(manifest.model_dump(mode="json", exclude_none=True), indent=1, ensure_ascii=False)
     partial = folder / (MANIFEST_NAME + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
+    partial.write_text(manifest_text(manifest), encoding="utf-8")
     partial.replace(folder / MANIFEST_NAME)
 
 
@@ -320,4 +335,4 @@ def check_file(path: Path, entry: FileEntry) -> None:
     if not path.is_file():
         raise IntegrityError(f"{path} is named by the manifest and does not exist")
     if path.stat().st_size != entry.size or file_entry(path) != entry:
-        raise IntegrityError(f"{path} is not the file that the manifest names (its size or SHA-256 differs)")
+        raise IntegrityError(f"{path} is not the file that the manifest names (its size or SHA-256 differs)", path)

@@ -95,6 +95,44 @@ def build(
 
 
 @app.command()
+def push(
+    folder: Annotated[str, typer.Argument(help="The chain: a folder that holds chain.json.", metavar="DIR")],
+    repo_id: Annotated[str, typer.Argument(help="owner/name of the chain's repository.", metavar="REPO_ID")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repositories private.")] = False,
+    no_collection: Annotated[bool, typer.Option("--no-collection", help="Make no Collection of them.")] = False,
+    branch: Annotated[str | None, typer.Option(help="Branch to commit to; made if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the changes as pull requests.")] = False,
+    license: Annotated[str | None, typer.Option(help="Licence on the cards, e.g. apache-2.0.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be uploaded, and stop.")] = False,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Publishes a chain: a repository for each anchor, one for the chain, and a Collection.
+
+    Pushing again uploads only what changed; a push that was interrupted is finished by the next one.
+
+    Example: cbd-hub push my-chain my-name/my-chain --private
+    """
+    from cbd_hub.assemble import Chain
+
+    published = Chain.from_pretrained(folder).push_to_hub(
+        repo_id,
+        private or None,
+        token,
+        not no_collection,
+        branch=branch,
+        create_pr=create_pr,
+        license=license,
+        dry_run=dry_run,
+        progress=not as_json,
+    )
+    if as_json:
+        _print_json(published.as_dict())
+    else:
+        sys.stdout.write(f"{published}\n")
+
+
+@app.command()
 def inspect(
     chain: ChainArgument,
     as_json: Json = False,
@@ -189,6 +227,11 @@ def from_chain_command(
     method: Method = "auto",
     tolerance: Tolerance = 0.01,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Compare other ways to make it on the chain's calibration tokens.")
+    ] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Publish the model there: owner/name.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
     as_json: Json = False,
     revision: Revision = None,
     token: Token = None,
@@ -200,6 +243,7 @@ def from_chain_command(
     Example: cbd-hub from-chain my-chain --num-parameters 138M --output my-model
     """
     from cbd_hub.export import write_model
+    from cbd_hub.publish import publish_folder
 
     opened = _open(chain, revision, token, cache_dir, local_files_only)
     made = opened.plan(
@@ -209,11 +253,18 @@ def from_chain_command(
         method=method,
         tolerance=tolerance,
     )
-    write_model(opened, made, output, dtype=dtype, progress=not as_json)
+    write_model(opened, made, output, dtype=dtype, progress=not as_json, refine=refine, repo_id=push_to_hub)
+    published = None
+    if push_to_hub:
+        message = f"{made.num_parameters:,} parameters from the chain {chain}"
+        published = publish_folder(output, push_to_hub, message, private=private or None, token=token)
     if as_json:
-        _print_json({**made.as_dict(), "output": str(output)})
+        told = {"published": {"repo_id": published.repo_id, "commit": published.sha}} if published else {}
+        _print_json({**made.as_dict(), "output": str(output), **told})
     else:
         sys.stdout.write(f"{made.num_parameters:,} parameters, {made.method}, written to {output}\n")
+        if published:
+            sys.stdout.write(f"published as {published.repo_id} at {published.sha}\n")
 
 
 @app.command("eval")

@@ -7,6 +7,7 @@ A message says what was got, what is allowed and what to do next.
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 __all__ = [
     "AxisMapError",
@@ -15,6 +16,7 @@ __all__ = [
     "IntegrityError",
     "ManifestError",
     "OutputExistsError",
+    "PublishError",
     "RecipeError",
     "SizeError",
     "UnknownArchitectureError",
@@ -50,11 +52,25 @@ class ManifestError(CbdError, ValueError):
 
 
 class IntegrityError(CbdError, ValueError):
-    """A file does not hold what the manifest says it holds (truncated, altered, missing or extra tensors)."""
+    """A file does not hold what the manifest says it holds (truncated, altered, missing or extra tensors).
+
+    Args:
+        message: What was got, what is expected.
+        path: The damaged file, where one file is to blame: a downloaded copy is then dropped, so that it is fetched
+            again the next time.
+    """
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class OutputExistsError(CbdError, FileExistsError):
     """The output folder already holds something that must not be overwritten."""
+
+
+class PublishError(CbdError, RuntimeError):
+    """A chain or model could not be published; what was published before is as it was."""
 
 
 class RecipeError(CbdError, ValueError):

@@ -13,7 +13,14 @@ __all__ = ["write_model"]
 
 
 def write_model(
-    chain: Chain, plan: Plan, folder: str | Path, dtype: str | torch.dtype = "auto", progress: bool = True
+    chain: Chain,
+    plan: Plan,
+    folder: str | Path,
+    dtype: str | torch.dtype = "auto",
+    progress: bool = True,
+    *,
+    refine: bool = False,
+    repo_id: str | None = None,
 ) -> None:
     """Carries out a plan and writes the model; the folder appears whole or not at all.
 
@@ -23,16 +30,20 @@ def write_model(
         folder: A new or empty folder.
         dtype: ``"auto"`` keeps the anchors'.
         progress: Show a progress bar.
+        refine: Compare other ways to make it and keep the best (:mod:`cbd_hub.refine`).
+        repo_id: Where the folder will be published (:func:`cbd_hub.publish.publish_folder`); its card says so.
 
     Raises:
         OutputExistsError: The folder is not empty.
         IntegrityError: The chain's files are not what its manifest says.
     """
     with whole_folder(folder) as temporary:
-        model = chain.initialize(plan, dtype=dtype, progress=progress)
+        model = chain.initialize(plan, refine, dtype=dtype, progress=progress)
         model.save_pretrained(temporary)
         if chain.manifest.tokenizer:
             chain.tokenizer.save_pretrained(temporary)
         origin = model.config.cbd_hub
-        card = cards.model_card(chain.manifest, plan, chain=origin["chain"], revision=origin["revision"])
+        card = cards.model_card(
+            chain.manifest, plan, chain=origin["chain"], revision=origin["revision"], repo_id=repo_id
+        )
         card.save(temporary / "README.md")

@@ -20,12 +20,12 @@ from cbd_hub.axis_map import AxisMap
 from cbd_hub.checkpoints import DTYPES
 from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
 from cbd_hub.index_maps import IndexMap
-from cbd_hub.operations import TensorOp
-from cbd_hub.plan import Plan
+from cbd_hub.operations import TensorOp, taken_units
+from cbd_hub.plan import Plan, plan_subset
 from cbd_hub.sizing import Sizes
 from cbd_hub.tensors import blend, expand, rescale, take, weigh_unshared
 
-__all__ = ["Read", "build_model", "make_tensor", "parse_dtype", "target_config", "whole_folder"]
+__all__ = ["Read", "build_model", "cut", "make_tensor", "parse_dtype", "target_config", "whole_folder"]
 
 Read = Callable[[str], torch.Tensor]
 """Reads one parameter of an anchor by its transformers name."""
@@ -59,14 +59,9 @@ def make_tensor(
     base: torch.Tensor | None = None
     if op.large:
         base = large[1](op.large)
+        taken = taken_units(op, axis_map, index_map, large[0], target)
         if index_map is not None:
-            sizes = large[0]
-            taken = {
-                axis: index_map.order(axis, op.layer, sizes[axis])[: target[axis]]
-                for axis in layout.axes
-                if axis in index_map.orders or target[axis] != sizes[axis]
-            }
-            base = rescale(take(base, layout, sizes, taken), op.large_scale, offset)
+            base = rescale(take(base, layout, large[0], taken), op.large_scale, offset)
     if op.small:
         addition = rescale(small[1](op.small), op.small_scale, offset)
         if base is None:
@@ -148,6 +143,32 @@ def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype:
     model._weight_conversions = None  # saved under the keys of published checkpoints (GPT-NeoX's embed_out)
     model.eval()
     return model
+
+
+def cut(model: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, index_map: IndexMap) -> PreTrainedModel:
+    """Returns a student that is a subset of a model: the units that an index map puts first.
+
+    Args:
+        model: The larger neighbour; not changed, and no tensor is shared with it.
+        axis_map: Its resolved map.
+        large: Its sizes.
+        small: Sizes of the student.
+        index_map: Which units are kept.
+
+    Raises:
+        AxisMapError: The sizes break a rule of the family.
+    """
+    plan = plan_subset(axis_map, large, small, index_map)
+    state = model.state_dict()
+
+    def read(name: str) -> torch.Tensor:
+        return state[name].detach().cpu().clone()
+
+    tensors = {
+        op.name: make_tensor(op, axis_map, index_map, (large, read), (small, read), small, model.dtype)
+        for op in plan.operations
+    }
+    return build_model(target_config(model.config, axis_map, plan), tensors, model.dtype)
 
 
 @contextmanager

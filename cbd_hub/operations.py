@@ -14,7 +14,7 @@ from cbd_hub.axis_map import AxisMap
 from cbd_hub.index_maps import IndexMap
 from cbd_hub.sizing import Sizes
 
-__all__ = ["TensorOp", "list_operations"]
+__all__ = ["TensorOp", "list_operations", "taken_units"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,19 @@ def list_operations(
             )
         )
     return tuple(operations)
+
+
+def taken_units(
+    op: TensorOp, axis_map: AxisMap, index_map: IndexMap | None, large: Sizes, target: Sizes
+) -> dict[str, np.ndarray]:
+    """Returns which units of the large anchor's tensor an operation takes: axis → units in order; others whole."""
+    if index_map is None:
+        return {}
+    return {
+        axis: index_map.order(axis, op.layer, large[axis])[: target[axis]]
+        for axis in axis_map.layout(op.pattern).axes
+        if axis in index_map.orders or target[axis] != large[axis]
+    }
 
 
 def _own_weight(axis_map: AxisMap, pattern: str, has_partner: bool, own_weight: float) -> float:

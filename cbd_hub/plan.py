@@ -16,15 +16,19 @@ from cbd_hub.chain import Anchor, Manifest
 from cbd_hub.errors import AxisMapError, SizeError, did_you_mean
 from cbd_hub.index_maps import IndexMap
 from cbd_hub.operations import TensorOp, list_operations
+from cbd_hub.ranges import Run, count_bytes, needed_runs
 from cbd_hub.sizing import Sizes, count_parameters, format_count, parse_count, solve
 
-__all__ = ["METHODS", "Plan", "make_plan", "plan_subset"]
+__all__ = ["METHODS", "WHOLE_ABOVE", "Plan", "make_plan", "needed_by", "plan_subset"]
 
 METHODS = ("auto", "interpolate", "paper", "expand", "prune")
 """What ``method=`` accepts."""
 
 EXPAND_BELOW = 0.45
 """Where the width differs, the zero-padded small anchor beats interpolation below this position (measured)."""
+
+WHOLE_ABOVE = 0.9
+"""Share of an anchor above which its files are fetched whole, into the ordinary cache."""
 
 _SNAP = 0.001
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -49,6 +53,10 @@ class Plan:
     """r: 0 at the small anchor, 1 at the large one, linear in parameters."""
     operations: tuple[TensorOp, ...] = field(repr=False)
     bytes_to_read: int
+    """Bytes of tensors that are read from disk: whole tensors, each once."""
+    bytes_to_fetch: int
+    """Bytes of weights that a pull transfers where nothing is cached: only the rows that are needed, or whole files
+    where that is nearly everything (:data:`WHOLE_ABOVE`). Headers (kilobytes) come on top."""
     expected_loss: float | None
     """Held-out nats a token, from the chain's measured curve; None when it was not measured."""
     notes: tuple[str, ...] = ()
@@ -69,6 +77,7 @@ class Plan:
             "small": self.small,
             "large": self.large,
             "bytes_to_read": self.bytes_to_read,
+            "bytes_to_fetch": self.bytes_to_fetch,
             "expected_loss": self.expected_loss,
             "notes": list(self.notes),
             "operations": [{"name": op.name, "shape": list(op.shape), "kind": op.kind} for op in self.operations],
@@ -85,7 +94,8 @@ class Plan:
             "shape      " + ", ".join(f"{name} {value}" for name, value in self.shape.items()),
             f"made by    {source}",
             f"alpha      {self.alpha:.3f} (weight of the small anchor)",
-            f"to read    {self.bytes_to_read / 1e6:,.1f} MB of weights",
+            f"to read    {self.bytes_to_read / 1e6:,.1f} MB of weights "
+            f"({self.bytes_to_fetch / 1e6:,.1f} MB to fetch where nothing is cached)",
             f"loss       {expected}",
             *(f"note       {note}" for note in self.notes),
             "",
@@ -184,6 +194,7 @@ def make_plan(
         position=position,
         operations=operations,
         bytes_to_read=_bytes(axis_map, manifest, small, large, operations),
+        bytes_to_fetch=_fetch_bytes(manifest, needed_by(manifest, large, small, sizes, index_map, operations)),
         expected_loss=_expected_loss(manifest, count),
         notes=tuple(notes),
         sizes=sizes,
@@ -209,6 +220,7 @@ def plan_subset(axis_map: AxisMap, large: Sizes, target: Sizes, index_map: Index
         position=1.0,
         operations=list_operations(axis_map, target, large, target, index_map, "prune", 0.0),
         bytes_to_read=0,
+        bytes_to_fetch=0,
         expected_loss=None,
         sizes=target,
         index_map=index_map,
@@ -279,6 +291,31 @@ def _bytes(
         layout = axis_map.layout(op.pattern)
         total += _ITEM_BYTES[small.dtype] * layout.count(low) if op.small else 0
         total += _ITEM_BYTES[large.dtype] * layout.count(high) if op.large else 0
+    return total
+
+
+def needed_by(
+    manifest: Manifest,
+    large: Anchor,
+    small: Anchor,
+    target: Sizes,
+    index_map: IndexMap | None,
+    operations: tuple[TensorOp, ...],
+) -> dict[str, dict[str, list[Run]]]:
+    """Returns, by anchor, which byte runs of which parameters the operations need (:mod:`cbd_hub.ranges`)."""
+    sizes = manifest.sizes(large), manifest.sizes(small)
+    items = _ITEM_BYTES[large.dtype], _ITEM_BYTES[small.dtype]
+    from_large, from_small = needed_runs(operations, manifest.resolved_axis_map, index_map, *sizes, target, items)
+    return {large.name: from_large} if large is small else {large.name: from_large, small.name: from_small}
+
+
+def _fetch_bytes(manifest: Manifest, needed: Mapping[str, Mapping[str, list[Run]]]) -> int:
+    """The bytes of the needed runs; of a whole anchor where that is nearly all of it."""
+    total = 0
+    for anchor in manifest.anchors:
+        count = sum(map(count_bytes, needed.get(anchor.name, {}).values()))
+        whole = anchor.num_parameters * _ITEM_BYTES[anchor.dtype]
+        total += whole if count >= WHOLE_ABOVE * whole else count
     return total
 
 

@@ -147,12 +147,12 @@ class EvaluationConfig(_Strict):
 
 
 class HubConfig(_Strict):
-    """Where the chain is to be published."""
+    """Where the finished chain is published."""
 
     repo_id: str
     """``owner/name`` of the chain's repository."""
-    private: bool = False
-    """Whether the repositories are private."""
+    private: bool | None = None
+    """Whether repositories that are made are private; None is the Hub's default."""
     license: str | None = None
     """Licence on the cards; by default the recipe's."""
 
@@ -181,7 +181,7 @@ class Recipe(_Strict):
     evaluation: EvaluationConfig = EvaluationConfig()
     """How the chain is measured."""
     hub: HubConfig | None = None
-    """Where it is to be published."""
+    """Where it is published once it is finished."""
     license: str | None = None
     """Licence identifier, e.g. ``apache-2.0``."""
     axis_map: dict[str, Any] | None = None

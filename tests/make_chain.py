@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_models import VARIANTS, tiny_config, tiny_model
 from transformers import PreTrainedModel
@@ -30,6 +31,7 @@ from cbd_hub.chain import (
     write_manifest,
 )
 from cbd_hub.checkpoints import checksum
+from cbd_hub.data import train_tokenizer
 from cbd_hub.index_maps import IndexMap, save_index_maps
 from cbd_hub.materialize import build_model, make_tensor, target_config
 from cbd_hub.plan import plan_subset
@@ -38,6 +40,7 @@ from cbd_hub.sizing import count_parameters
 
 __all__ = [
     "add_calibration",
+    "add_tokenizer",
     "edit_manifest",
     "labels",
     "make_chain",
@@ -218,6 +221,15 @@ def add_calibration(folder: Path, blocks: torch.Tensor) -> Path:
     """Lets a chain ship token ids (N, S) for ``refine``; returns its folder."""
     save_calibration(blocks, folder / CALIBRATION_NAME)
     refresh(folder)
+    return folder
+
+
+def add_tokenizer(folder: Path, vocab_size: int = 300) -> Path:
+    """Lets a chain ship a tokenizer, trained on a few words; returns its folder."""
+    rows = [{"text": f"word {i} and the next one, {i * i}"} for i in range(50)]
+    saved = train_tokenizer(Dataset.from_list(rows), vocab_size).save_pretrained(folder)
+    names = sorted({Path(name).name for name in saved if Path(name).is_file()})
+    edit_manifest(folder, "tokenizer", value={name: file_entry(folder / name).model_dump() for name in names})
     return folder
 
 

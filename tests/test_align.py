@@ -16,11 +16,10 @@ from cbd_hub.align import align
 from cbd_hub.architectures import axis_map_for
 from cbd_hub.axis_map import AxisMap
 from cbd_hub.basis import rotate
-from cbd_hub.build import cut
 from cbd_hub.errors import AxisMapError, RecipeError, SizeError
 from cbd_hub.evaluation import evaluate_loss
 from cbd_hub.index_maps import IndexMap
-from cbd_hub.materialize import build_model, make_tensor, target_config
+from cbd_hub.materialize import build_model, cut, make_tensor, target_config
 from cbd_hub.operations import list_operations
 from cbd_hub.plan import plan_subset
 from cbd_hub.sizing import Sizes

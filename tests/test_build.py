@@ -339,7 +339,7 @@ def test_a_start_is_refitted_unless_that_raises_its_loss(knows_the_text: bool, t
         if not torch.equal(value, made[False][0].get_parameter(name))
     }
     assert changed == ({"self_attn.o_proj.weight", "mlp.down_proj.weight"} if knows_the_text else set())
-    assert (losses[True] < losses[False] - 0.01) is knows_the_text
+    assert (losses[True] < losses[False]) is knows_the_text
 
 
 def test_a_refit_never_starts_training_from_a_higher_loss() -> None:

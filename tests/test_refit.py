@@ -14,9 +14,9 @@ from trained import text, trained_model
 from transformers import PreTrainedModel
 
 from cbd_hub.architectures import axis_map_for
-from cbd_hub.build import cut
 from cbd_hub.errors import RecipeError
 from cbd_hub.evaluation import evaluate_loss
+from cbd_hub.materialize import cut
 from cbd_hub.refit import RIDGE, can_refit, refit
 
 TOKENS = torch.randint(3, 97, (24, 16), generator=torch.Generator().manual_seed(0))
