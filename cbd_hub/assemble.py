@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from cbd_hub import chain as manifests
 from cbd_hub.architectures import AXIS_MAPS, axis_map_for
 from cbd_hub.chain import Anchor, Manifest
-from cbd_hub.checkpoints import Checkpoint
+from cbd_hub.checkpoints import Checkpoint, Digest
 from cbd_hub.errors import ChainNotFoundError, IntegrityError, ManifestError
 from cbd_hub.hub import Location
 from cbd_hub.index_maps import IndexMap, load_index_maps
@@ -141,7 +141,7 @@ class Chain:
         return load_index_maps(self.manifest, path)
 
     @cached_property
-    def _checksums(self) -> dict[str, dict[str, str]]:
+    def _checksums(self) -> dict[str, dict[str, Digest]]:
         return read_checksums(self.manifest, self.location)
 
     def _entry(self, name: str) -> Anchor:

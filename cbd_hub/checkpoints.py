@@ -8,7 +8,7 @@ for a 97M model), and a truncated file is an error instead of a crash.
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,7 +21,17 @@ from cbd_hub.axis_map import AxisMap
 from cbd_hub.errors import AxisMapError, IntegrityError
 from cbd_hub.sizing import Sizes
 
-__all__ = ["DTYPES", "Checkpoint", "TensorInfo", "checksum", "checksum_file", "find_files", "read_header"]
+__all__ = [
+    "BLOCK",
+    "DTYPES",
+    "Checkpoint",
+    "Digest",
+    "TensorInfo",
+    "checksum",
+    "checksum_file",
+    "find_files",
+    "read_header",
+]
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -30,6 +40,12 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 """safetensors dtype name → torch dtype, for the dtypes that weights are published in."""
+
+BLOCK = 1 << 19
+"""Bytes of a tensor that have a digest of their own, so that a part of it can be checked without the rest."""
+
+Digest = str | list[str]
+"""Of a tensor: one string where it is no larger than a block, otherwise one a block."""
 
 _MAX_HEADER = 100_000_000
 _INDEX = "model.safetensors.index.json"
@@ -129,15 +145,16 @@ def find_files(folder: Path) -> list[str]:
     return names
 
 
-def checksum(data: bytes | memoryview) -> str:
-    """Returns the XXH3-128 digest (hex) of a tensor's bytes: integrity at memory speed, no protection from forgery.
+def checksum(data: bytes | memoryview) -> Digest:
+    """Returns the XXH3-128 digests (hex) of a tensor's bytes: integrity at memory speed, no protection from forgery.
 
     (Forgery is what pinned commit hashes are for.)
     """
-    return xxhash.xxh3_128_hexdigest(data)
+    digests = [xxhash.xxh3_128_hexdigest(data[i : i + BLOCK]) for i in range(0, max(len(data), 1), BLOCK)]
+    return digests if len(digests) > 1 else digests[0]
 
 
-def checksum_file(folder: Path, names: Iterable[str]) -> dict[str, str]:
+def checksum_file(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
     """Returns tensor key → :func:`checksum` of its bytes, for all safetensors files among ``names``.
 
     Cost: reads the files once, a tensor at a time.
@@ -155,6 +172,21 @@ def checksum_file(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return sums
 
 
+def _intact(data: memoryview, expected: Digest | None, there: Sequence[tuple[int, int]] | None) -> bool:
+    """Whether a tensor's bytes fit their digests; where only some runs of it are there, whether those blocks do."""
+    if there is None:
+        return checksum(data) == expected
+    digests = [expected] if isinstance(expected, str) else expected or []
+    if len(digests) != max(1, -(-len(data) // BLOCK)):
+        return False
+    blocks = [(i, i * BLOCK, min((i + 1) * BLOCK, len(data))) for i in range(len(digests))]
+    return all(
+        xxhash.xxh3_128_hexdigest(data[start:stop]) == digests[i]
+        for i, start, stop in blocks
+        if any(a <= start and stop <= b for a, b in there)
+    )
+
+
 class Checkpoint:
     """The parameters of one model on disk, by their transformers names, read one at a time."""
 
@@ -162,8 +194,8 @@ class Checkpoint:
         self,
         files: Iterable[Path],
         axis_map: AxisMap,
-        checksums: Mapping[str, str] | None = None,
-        partly: Collection[str] = (),
+        checksums: Mapping[str, Digest] | None = None,
+        partly: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     ) -> None:
         """Opens the headers of all files.
 
@@ -171,7 +203,7 @@ class Checkpoint:
             files: The safetensors files: one, or all shards.
             axis_map: The resolved map of the family; says which keys are parameters, under which name.
             checksums: Checkpoint key → digest of the tensor's bytes (:func:`checksum`), checked at every read.
-            partly: Parameters of which only the rows that are needed were fetched; no digest fits them.
+            partly: Parameters of which only these runs of bytes are there; whole blocks of them are checked.
 
         Raises:
             IntegrityError: A damaged file, or two files that hold the same parameter.
@@ -179,7 +211,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self.bytes_read = 0
         self._checksums = checksums
-        self._partly = frozenset(partly)
+        self._partly = dict(partly or {})
         self._axis_map = axis_map
         for file in files:
             for key, info in read_header(file).items():
@@ -245,8 +277,8 @@ class Checkpoint:
         if done < len(view):
             raise _fail(info.file, f"ends inside tensor {info.key!r}")
         self.bytes_read += done
-        checked = self._checksums is not None and name not in self._partly
-        if checked and checksum(view) != self._checksums.get(info.key):  # type: ignore[union-attr]
+        sums = self._checksums
+        if sums is not None and not _intact(view, sums.get(info.key), self._partly.get(name)):
             raise _fail(info.file, f"does not hold what the manifest says of tensor {info.key!r} (checksum differs)")
         return data.view(DTYPES[info.dtype]).view(info.shape)
 

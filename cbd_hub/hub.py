@@ -198,7 +198,16 @@ class Location:
             found = try_to_load_from_cache(self.place, self._inner(name), self.cache_dir, self.revision)
         return Path(found) if isinstance(found, str) else None
 
-    def fetch_runs(self, name: str, size: int, sha256: str, wanted: Iterable[Run], *, progress: bool = True) -> Path:
+    def fetch_runs(
+        self,
+        name: str,
+        size: int,
+        sha256: str,
+        wanted: Iterable[Run],
+        *,
+        progress: bool = True,
+        start_over: bool = False,
+    ) -> Path:
         """Returns the path of a file of the right size in which at least ``wanted`` is real; holes read as zeros.
 
         Args:
@@ -207,6 +216,7 @@ class Location:
             sha256: Its SHA-256, as the manifest says; compared with the Hub's where the Hub states one.
             wanted: Byte ranges. What an earlier call fetched is not fetched again; nothing missing is no request.
             progress: Show a progress bar (HF_HUB_DISABLE_PROGRESS_BARS is obeyed).
+            start_over: Forget what earlier calls fetched.
 
         Cost: one HEAD, then requests of at most 8 MiB, eight at a time, each retried (429, 5xx, a broken connection).
 
@@ -217,6 +227,8 @@ class Location:
         """
         filename = self._inner(name)
         kept = self._partial(filename, size)
+        if start_over:
+            kept.discard()
         missing = kept.missing(wanted)
         if not missing:
             return kept.path
@@ -249,10 +261,7 @@ class Location:
         # The one folder of a cache that the client's scan of it passes over.
         root = None if self.cache_dir is None else str(Path(self.cache_dir).expanduser() / ".locks" / "assets")
         folder = cached_assets_path("cbd_hub", "--".join(self.place.split("/")), str(self.revision), assets_dir=root)
-        kept = PartialFile(folder / filename.replace("/", "--"), size)
-        if self.force_download:
-            kept.discard()
-        return kept
+        return PartialFile(folder / filename.replace("/", "--"), size)
 
     def forget(self, path: Path | None) -> None:
         """Drops a fetched copy that turned out to be damaged, so that the next call fetches it again.

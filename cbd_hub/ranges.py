@@ -1,8 +1,8 @@
 """Which bytes of an anchor's tensors a plan needs, so that a pull can fetch these and no others.
 
-Blocks that the target lacks are not needed at all, and of other tensors only the rows (stored dimension 0) that the
-target takes. Runs of rows that lie close together are fetched as one: a request costs about as much time as
-:data:`GAP` bytes do. No torch and no network: integers only.
+Layers that the target lacks are not needed at all, and of other tensors only the rows (stored dimension 0) that the
+target takes, widened to whole blocks of :data:`cbd_hub.checkpoints.BLOCK` bytes: these have digests of their own, and
+for less a request more would cost as much as the bytes. Integers only.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,24 +11,22 @@ from math import prod
 import numpy as np
 
 from cbd_hub.axis_map import AxisMap
+from cbd_hub.checkpoints import BLOCK
 from cbd_hub.index_maps import IndexMap
 from cbd_hub.operations import TensorOp, taken_units
 from cbd_hub.sizing import Sizes
 
-__all__ = ["GAP", "Run", "count_bytes", "merge", "needed_runs", "subtract"]
-
-GAP = 1 << 18
-"""Bytes between two runs below which fetching them as well is cheaper than a request more (5 ms at 50 MB/s)."""
+__all__ = ["Run", "count_bytes", "merge", "needed_runs", "subtract"]
 
 Run = tuple[int, int]
 """First byte and the byte behind the last one."""
 
 
-def merge(runs: Iterable[Run], gap: int = 0) -> list[Run]:
-    """Returns the runs in order, those that overlap, touch or lie at most ``gap`` bytes apart made one."""
+def merge(runs: Iterable[Run]) -> list[Run]:
+    """Returns the runs in order, those that overlap or touch made one."""
     merged: list[Run] = []
     for start, stop in sorted(run for run in runs if run[0] < run[1]):
-        if merged and start - merged[-1][1] <= gap:
+        if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
         else:
             merged.append((start, stop))
@@ -57,14 +55,13 @@ def count_bytes(runs: Iterable[Run]) -> int:
 
 
 def _row_runs(rows: np.ndarray | None, shape: Sequence[int], item_bytes: int) -> list[Run]:
-    """Where the rows of a tensor lie, from its first byte on."""
+    """The blocks of a tensor in which some rows lie, from its first byte on."""
     row = prod(shape[1:]) * item_bytes
+    size = shape[0] * row
     if rows is None:
-        return [(0, shape[0] * row)]
-    ordered = np.unique(rows)
-    breaks = np.flatnonzero(np.diff(ordered) > 1) + 1
-    runs = [(int(part[0]) * row, (int(part[-1]) + 1) * row) for part in np.split(ordered, breaks) if len(part)]
-    return merge(runs, GAP)
+        return [(0, size)]
+    first, last = np.unique(rows) * row // BLOCK, (np.unique(rows) * row + row - 1) // BLOCK
+    return merge((int(a) * BLOCK, min((int(b) + 1) * BLOCK, size)) for a, b in zip(first, last, strict=True))
 
 
 def needed_runs(

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from cbd_hub import chain as manifests
 from cbd_hub.axis_map import AxisMap
 from cbd_hub.chain import Anchor, FileEntry, Manifest
-from cbd_hub.checkpoints import Checkpoint, read_header
+from cbd_hub.checkpoints import Checkpoint, Digest, read_header
 from cbd_hub.errors import ChainNotFoundError, IntegrityError
 from cbd_hub.hub import Location, NoRangesError
 from cbd_hub.materialize import Read, parse_dtype, whole_folder
@@ -96,7 +96,7 @@ def copy_chain(manifest: Manifest, chain: Location, folder: Path) -> None:
         manifests.write_manifest(manifest.model_copy(update={"anchors": anchors}), temporary)
 
 
-def read_checksums(manifest: Manifest, chain: Location) -> dict[str, dict[str, str]]:
+def read_checksums(manifest: Manifest, chain: Location) -> dict[str, dict[str, Digest]]:
     """Returns anchor → checkpoint key → digest of the tensor; nothing where the chain ships none.
 
     Raises:
@@ -106,7 +106,7 @@ def read_checksums(manifest: Manifest, chain: Location) -> dict[str, dict[str, s
         return {}
     path = checked_file(chain, manifests.CHECKSUMS_NAME, manifest.checksums)
     try:
-        return TypeAdapter(dict[str, dict[str, str]]).validate_json(path.read_bytes())
+        return TypeAdapter(dict[str, dict[str, Digest]]).validate_json(path.read_bytes())
     except ValidationError as error:
         raise IntegrityError(f"{path} is malformed: {error.errors()[0]['msg']}") from None
 
@@ -127,7 +127,7 @@ def open_checkpoint(
     place: Location,
     anchor: Anchor,
     axis_map: AxisMap,
-    checksums: Mapping[str, str] | None,
+    checksums: Mapping[str, Digest] | None,
     needed: NeededRuns | None = None,
     progress: bool = True,
 ) -> Checkpoint:
@@ -149,7 +149,8 @@ def open_checkpoint(
     names = weight_files(anchor)
     total = sum(anchor.files[name].size for name in names)
     some = needed is not None and sum(map(count_bytes, needed.values())) < WHOLE_ABOVE * total
-    paths, partly = [], set()
+    paths: list[Path] = []
+    partly: dict[str, Sequence[Run]] = {}
     try:
         for name in names:
             entry = anchor.files[name]
@@ -192,26 +193,28 @@ def reader(place: Location, checkpoint: Checkpoint) -> Read:
 
 def _fetch_needed(
     place: Location, name: str, entry: FileEntry, axis_map: AxisMap, needed: NeededRuns, progress: bool
-) -> tuple[Path | None, set[str]]:
-    """Fetches a file's header, then what is needed of its tensors; returns also which of them are not whole.
+) -> tuple[Path | None, dict[str, Sequence[Run]]]:
+    """Fetches a file's header, then what is needed of its tensors; returns also the runs of those that are not whole.
 
     None where the server sends whole files only.
     """
     fetch: Callable[..., Path] = place.fetch_runs
     try:
         first = min(_HEADER, entry.size)
-        path = fetch(name, entry.size, entry.sha256, [(0, first)], progress=False)
+        again = place.force_download
+        path = fetch(name, entry.size, entry.sha256, [(0, first)], progress=False, start_over=again)
         with path.open("rb") as file:
             length = 8 + int.from_bytes(file.read(8), "little")
         if first < length <= entry.size:
             fetch(name, entry.size, entry.sha256, [(0, length)], progress=False)
-        runs, partly = [], set()
+        runs: list[Run] = []
+        partly: dict[str, Sequence[Run]] = {}
         for key, info in read_header(path).items():
             parameter = axis_map.parameter_name(key)
             wanted = needed.get(parameter or "", ())
             runs += [(info.start + start, min(info.start + stop, info.stop)) for start, stop in wanted]
             if parameter is not None and count_bytes(wanted) < info.num_bytes:
-                partly.add(parameter)
+                partly[parameter] = wanted
         return fetch(name, entry.size, entry.sha256, runs, progress=progress), partly
     except NoRangesError:
-        return None, set()
+        return None, {}

@@ -32,6 +32,8 @@ class Hub:
 
     def __init__(self, lfs_threshold: int = 10_000, redirect: bool = False) -> None:
         self.lfs_threshold, self.redirect = lfs_threshold, redirect
+        self.ranges = True
+        """Whether ranges are answered; if not, the whole file is sent instead."""
         self.repos: dict[str, Repository] = {}
         """By ``owner/name``."""
         self.collections: dict[str, Collection] = {}
@@ -281,14 +283,14 @@ class Hub:
         if blob.lfs and self.redirect:
             headers["Location"] = f"{self.storage}/storage/{_repo_id(asked)}/{blob.sha256}"
             return Response(status_code=302, headers=headers)
-        return _content(blob.data, asked.headers.get("range"), headers)
+        return _content(blob.data, asked.headers.get("range") if self.ranges else None, headers)
 
     async def _get_object(self, asked: Request) -> Response:
         oid = _part(asked, "oid")
         if "authorization" in asked.headers:
             raise HubError(400, None, "Only one auth mechanism allowed")  # a signed address needs no token
         data = self.repos[_repo_id(asked)].objects[oid]
-        return _content(data, asked.headers.get("range"), {"ETag": f'"{oid}"'})
+        return _content(data, asked.headers.get("range") if self.ranges else None, {"ETag": f'"{oid}"'})
 
     # -- collections --------------------------------------------------------------------------------------------------
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from make_chain import variant_model
 from safetensors.torch import load_file, save_file
-from tiny_models import VARIANTS
+from tiny_models import VARIANTS, tiny_config
 
 from cbd_hub.architectures import axis_map_for
 from cbd_hub.axis_map import AxisMap
-from cbd_hub.checkpoints import Checkpoint, checksum, find_files, read_header
+from cbd_hub.checkpoints import BLOCK, Checkpoint, checksum, checksum_file, find_files, read_header
 from cbd_hub.errors import IntegrityError
 
 
@@ -305,3 +305,32 @@ def test_random_damage_to_the_header_is_refused_or_harmless(
         except IntegrityError:
             refused += 1
     assert refused > 150
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_part_of_a_tensor_is_checked_by_its_blocks(tmp_path: Path, block: int) -> None:
+    """Blocks that are there are compared with their digests, the others are not."""
+    weight = torch.randn(5, BLOCK // 8)  # two and a half blocks
+    axis_map, path = axis_map_for(tiny_config("llama")), tmp_path / "model.safetensors"
+    save_file({"model.norm.weight": weight}, path)
+    sums = checksum_file(tmp_path, [path.name])
+    assert isinstance(sums["model.norm.weight"], list) and len(sums["model.norm.weight"]) == 3
+    info = read_header(path)["model.norm.weight"]
+    runs = [(block * BLOCK, min((block + 1) * BLOCK, info.num_bytes))]
+    opened = Checkpoint([path], axis_map, sums, {"model.norm.weight": runs})
+    assert torch.equal(opened.read("model.norm.weight"), weight)
+    for damaged in range(3):
+        data = bytearray(path.read_bytes())
+        data[info.start + damaged * BLOCK] ^= 1
+        path.write_bytes(data)
+        if damaged == block:
+            with pytest.raises(IntegrityError, match="checksum differs"):
+                opened.read("model.norm.weight")
+        else:
+            opened.read("model.norm.weight")
+        with pytest.raises(IntegrityError, match="checksum differs"):
+            Checkpoint([path], axis_map, sums).read("model.norm.weight")
+        data[info.start + damaged * BLOCK] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(IntegrityError, match="checksum differs"):  # fewer digests than blocks
+        Checkpoint([path], axis_map, {"model.norm.weight": "0"}, {"model.norm.weight": []}).read("model.norm.weight")
