@@ -4,6 +4,7 @@ import os
 
 # Read by the libraries when they are first imported, so set before anything else is.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # the loopback Hub keeps large files as plain LFS
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -1,13 +1,17 @@
-"""Where files come from: a folder, the Hub's cache, or a clear refusal. No network: the cache is laid out by hand."""
+"""Where files come from: a folder, the Hub's cache (laid out by hand), a real server, or a clear refusal."""
 
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from hub_client import Client
+from hub_server import Fault, HubServer
 from make_chain import edit_manifest, make_chain, variant_model
 
 from cbd_hub.assemble import Chain, from_chain
@@ -143,3 +147,145 @@ def test_anchors_in_repositories_of_their_own(tmp_path: Path, chain: Path) -> No
     opened = Chain.from_pretrained("owner/moved", cache_dir=str(tmp_path / "hub"), local_files_only=True)
     with pytest.raises(ChainNotFoundError, match=f"owner/a0 at revision '{COMMIT}' is not in the cache"):
         opened.initialize(opened.plan("100k"), progress=False)
+
+
+# -- a server ---------------------------------------------------------------------------------------------------------
+
+OPEN = """
+try:
+    chain = Chain.from_pretrained(place, cache_dir=cache, **options)
+    if size:
+        chain.initialize(chain.plan(size), progress=False)
+    print("opened", chain.location.revision)
+except CbdError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        server.add_user("owner", "hf_owner")
+        server.add_user("other", "hf_other")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory, chain: Path) -> Iterator[Client]:
+    """As a user who is nobody in particular; the chain is published with its anchors in subfolders."""
+    with Client(hub.environment(tmp_path_factory.mktemp("home"), "hf_other")) as made:
+        upload = """
+from huggingface_hub import HfApi
+api = HfApi(token="hf_owner")
+api.create_repo("owner/chain")
+api.upload_folder(repo_id="owner/chain", folder_path=folder)
+api.create_tag("owner/chain", tag="v1")
+"""
+        assert made.run(upload, folder=chain).status == 0
+        yield made
+
+
+def said(client: Client, cache: Path, place: str = "owner/chain", size: str | None = None, **options: object) -> str:
+    done = client.run(OPEN, place=place, cache=cache, size=size, options=options)
+    assert done.status == 0, done.err
+    assert done.out.count("\n") == 1, done.out
+    return done.out
+
+
+def test_anchors_in_subfolders_of_one_repository(hub: HubServer, client: Client, chain: Path, tmp_path: Path) -> None:
+    commit = hub.commits("owner/chain")[0].oid
+    for revision in (None, "main", "v1", commit):
+        assert said(client, tmp_path, revision=revision) == f"opened {commit}\n"
+    code = """
+import hashlib
+model = from_chain("owner/chain", "100k", cache_dir=cache)
+print(json.dumps(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()))
+"""
+    import hashlib
+
+    local = from_chain(chain, "100k")
+    expected = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in local.parameters())).hexdigest()
+    assert client.run(code, cache=tmp_path).value == expected
+
+
+def test_what_the_hub_refuses(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    assert "there is no repository 'owner/none' that you may read" in said(client, tmp_path, "owner/none")
+    assert "owner/chain has no revision 'v9'; see its branches, tags and commits" in said(
+        client, tmp_path, revision="v9"
+    )
+    assert "neither a folder nor a repository id" in said(client, tmp_path, "own er/chain")
+    hub.set_private("owner/chain", True)
+    try:
+        assert "there is no repository 'owner/chain' that you may read" in said(client, tmp_path)
+        assert said(client, tmp_path / "own", token="hf_owner").startswith("opened")
+        assert "hf auth login" in said(client, tmp_path, token="hf_nobody")
+    finally:
+        hub.set_private("owner/chain", False)
+    hub.set_gated("owner/chain")
+    try:
+        assert "owner/chain is gated: ask for access on its page at the Hub, then log in" in said(client, tmp_path)
+    finally:
+        hub.repos["owner/chain"].gated = False
+    assert said(client, tmp_path).startswith("opened")
+
+
+def test_a_file_that_the_manifest_names_and_the_repository_lacks(
+    hub: HubServer, client: Client, tmp_path: Path
+) -> None:
+    remove = """
+from huggingface_hub import HfApi
+HfApi(token="hf_owner").delete_file("anchors/a1/config.json", "owner/chain", revision=branch)
+"""
+    branch = """
+from huggingface_hub import HfApi
+HfApi(token="hf_owner").create_branch("owner/chain", branch="broken")
+"""
+    assert client.run(branch).status == 0
+    assert client.run(remove, branch="broken").status == 0
+    message = said(client, tmp_path, size="100k", revision="broken")
+    assert message.startswith("ChainNotFoundError owner/chain at revision ")
+    assert "has no file 'anchors/a1/config.json'" in message
+
+
+def test_a_repository_that_is_no_chain(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    make = "from huggingface_hub import HfApi\nHfApi(token='hf_other').create_repo('other/plain')"
+    assert client.run(make).status == 0
+    assert "other/plain has no file 'chain.json'; is it a chain?" in said(client, tmp_path, "other/plain")
+
+
+@pytest.mark.parametrize("status", [503, *(pytest.param(n, marks=pytest.mark.slow) for n in (429, 500))])
+def test_a_hub_that_fails(hub: HubServer, client: Client, tmp_path: Path, status: int) -> None:
+    """Whatever the status, one line; and what is cached is still used."""
+    assert said(client, tmp_path / "warm").startswith("opened")
+    hub.inject(Fault.status(status), path="/resolve/", every=True)
+    try:
+        assert said(client, tmp_path / "warm").startswith("opened")
+        assert said(client, tmp_path / "cold").startswith("ChainNotFoundError ")
+    finally:
+        hub.clear()
+
+
+def test_a_manifest_that_was_damaged_on_its_way(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    """Its own hash is the Hub's content address; the copy is dropped, and the next call fetches it again."""
+    hub.inject(Fault.corrupt(), method="GET", path="chain.json")
+    assert "chain.json of owner/chain was damaged on its way" in said(client, tmp_path)
+    assert said(client, tmp_path).startswith("opened")
+
+
+@pytest.mark.slow  # half a minute of the client's own patience
+def test_no_hub_at_all(hub: HubServer, tmp_path: Path) -> None:
+    environment = hub.environment(tmp_path, None) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    with Client(environment) as client:
+        message = said(client, tmp_path)
+        assert message.startswith(
+            "ChainNotFoundError chain.json of owner/chain is not in the cache and the Hub cannot"
+        )
+
+
+def test_downloads_are_counted_for_the_library(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    """config.json is what the Hub counts downloads by, and the client says who asks."""
+    hub.clear()
+    said(client, tmp_path, size="100k")
+    assert [r for r in hub.requests if r.method == "GET" and r.path.endswith("config.json")]
+    code = "from cbd_hub.hub import LIBRARY\nprint(json.dumps(LIBRARY))"
+    assert client.run(code).value == {"library_name": "cbd_hub", "library_version": version("cbd_hub")}
