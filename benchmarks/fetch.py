@@ -1,6 +1,6 @@
 """Bytes and requests of a pull, against fetching the whole files: every method at several sizes, from a loopback Hub.
 
-    python benchmarks/fetch.py CHAIN            # a folder; docs/results/fetch.* are of the chain of benchmarks/smollm2.py
+    python benchmarks/fetch.py CHAIN    # a folder; docs/results/fetch.* are of the chain of benchmarks/smollm2.py
 
 The chain is published on a Hub in memory (tests/hub_server.py) and pulled by the real client into an empty cache, each
 model in a process of its own. "Whole files" is what the same pull would take if anchors came as whole files. Writes
@@ -78,12 +78,11 @@ def markdown(result: dict[str, Any]) -> str:
         "|--:|---|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
+        count = f"{row['num_parameters']:,}"
         name = row["method"] + (f", alpha {row['alpha']:g}" if "alpha" in row else "")
         mega = [f"{row[key] / 1e6:,.1f}" for key in ("planned_bytes", "fetched_bytes", "whole_bytes")]
         share = row["fetched_bytes"] / row["whole_bytes"]
-        lines.append(
-            f"| {row['num_parameters']:,} | {name} | {mega[0]} | {mega[1]} | {row['requests']} | {mega[2]} | {share:.2f} |"
-        )
+        lines.append(f"| {count} | {name} | {mega[0]} | {mega[1]} | {row['requests']} | {mega[2]} | {share:.2f} |")
     return "\n".join(lines) + "\n"
 
 

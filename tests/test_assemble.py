@@ -644,7 +644,7 @@ def test_weights_cut_short(llama: Path, anchor: str) -> None:
     target = middle_size(llama)
     weights(llama, anchor).write_bytes(weights(llama, anchor).read_bytes()[:-10])
     assert re.search(
-        rf"model.safetensors of anchor '{anchor}' has \d+ bytes; .*fetch it again",
+        rf"anchor '{anchor}': model.safetensors has \d+ bytes; .*fetch it again",
         refused(llama, IntegrityError, target),
     )
     weights(llama, anchor).unlink()

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from tiny_models import tiny_config, tiny_model
 
 from cbd_hub.architectures import axis_map_for
-from cbd_hub.cards import CURVE_PICTURE, anchor_card, chain_card, model_card
+from cbd_hub.cards import CURVE_PICTURE, anchor_card, chain_card, is_generated, model_card
 from cbd_hub.chain import (
     INDEX_MAPS_NAME,
     Anchor,
@@ -357,6 +357,7 @@ def test_strings_of_a_manifest_cannot_break_a_card(text: str) -> None:
 def structure(card: ModelCard) -> list[Any]:
     """What every line outside the fences is: its heading, fence, number of cells, HTML, or plain text."""
     text = re.sub(r"^(`{3,})(\w+)\n.*?^\1$", r"```\2", card.text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"[0-9a-f]{16} -->\n\Z", "HASH -->\n", text)  # the one thing that may differ
     lines: list[Any] = []
     for line in text.splitlines():
         if line.startswith(("#", "```", "<")):
@@ -367,6 +368,19 @@ def structure(card: ModelCard) -> list[Any]:
             without = re.sub(r"\\.", "", line)
             lines.append((bool(line), re.findall(r"[\[\]<>!]", without), re.match(r"\s*(---|>|- |\* )?", line)[0]))  # type: ignore[index]
     return lines
+
+
+def test_a_card_knows_whether_somebody_edited_it(tmp_path: Path) -> None:
+    card = chain_card(make_manifest(), "org/x")
+    card.save(tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert is_generated(text)
+    assert is_generated(text.replace("\n", "\r\n"))  # as an editor may have saved it, with nothing else changed
+    assert not is_generated(text.replace("tiny-chain", "my-chain", 1))
+    assert not is_generated(text + "\nMore words\n")
+    assert not is_generated("Only my words\n")
+    assert not is_generated("")
+    assert is_generated(str(anchor_card(make_manifest(), make_manifest().anchors[1], "org/a", chain="org/x")))
 
 
 # -- quick starts -----------------------------------------------------------------------------------------------------

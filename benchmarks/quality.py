@@ -1,0 +1,267 @@
+"""The paper's questions at CPU scale: models between anchors, against what users would do instead.
+
+    python benchmarks/quality.py                # everything; one slow core: about an hour
+    python benchmarks/quality.py --only tables  # tables and plot again, from the JSON alone
+    python benchmarks/quality.py --quick        # a toy scale, to try the script: minutes
+
+benchmarks/quality.yaml says what is run, and how the same is run on a GPU (``--profile gpu``). Writes quality.json,
+quality.md and quality.png into docs/results. Every figure is kept in the JSON as soon as it stands (its key says arm,
+size, seed and steps), and a run that was cut off goes on from there; models that take long to train lie in ``--work``.
+
+All losses are nats a token on held-out text that chose nothing. A seed decides the weights that the source starts
+from, the order of all text, and every random subset; each has a chain of its own.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import quality_arms as arms
+import quality_tables
+import torch
+import yaml
+from quality_arms import Pair
+from quality_seed import OURS, Bench, Made, Seed, speed_of
+from transformers import PreTrainedModel
+
+from cbd_hub.architectures import axis_map_for
+from cbd_hub.importance import rank
+from cbd_hub.sizing import Sizes, count_parameters, ladder, parse_count
+
+HERE = Path(__file__).parent
+
+
+def measure_start(bench: Bench, seed: Seed) -> None:
+    """Every arm at every size with no recovery, the anchors, and our loss along alpha."""
+    for index, model in enumerate(seed.anchors):
+        bench.keep(f"anchor {index}", model.num_parameters(), seed.number, 0, lambda m=model: bench.loss(m))
+    for index, pair in enumerate(seed.independent):
+        size = pair.small.num_parameters()
+        bench.keep(f"independent anchor {index + 1}", size, seed.number, 0, lambda p=pair: bench.loss(p.small))
+    for count in map(parse_count, bench.config["sizes"]):
+        measure_size(bench, seed, count)
+
+
+def measure_size(bench: Bench, seed: Seed, count: int) -> None:
+    """Every arm of one size with no recovery, on test text; ours along alpha, on the text that choices are made by."""
+    plan, number = seed.plan(count)
+    place = {"position": round(plan.position, 4), "pair": number}
+
+    def one(make: Callable[[], Made | None]) -> dict[str, Any]:
+        if (made := make()) is None:
+            return {"loss": None}
+        return {**bench.loss(made[0]), "chosen": made[1], "own_size": made[0].num_parameters(), **place}
+
+    def along(alpha: float) -> dict[str, Any]:
+        return {"loss": round(bench.choose(arms.combine(plan, seed.pairs[number], alpha=alpha)), 5), **place}
+
+    for arm, make in seed.arms(count).items():
+        bench.keep(arm, plan.num_parameters, seed.number, 0, partial(one, make))
+    for alpha in bench.config["alphas"]:
+        bench.keep(f"alpha {alpha:.3f}", plan.num_parameters, seed.number, 0, partial(along, alpha))
+    bench.keep("alpha 1 - r", plan.num_parameters, seed.number, 0, partial(along, plan.alpha))
+
+
+def recover(
+    bench: Bench, seed: Seed, arm: str, size: int, make: Callable[[], Made | None], steps: Sequence[int]
+) -> None:
+    """Trains a start with cross-entropy alone, a constant learning rate, and measures along the way."""
+    spec = bench.config["recovery"]
+    wanted = [f"{arm} | {size} | seed {seed.number} | {n} steps" for n in steps]
+    if all(key in bench.figures for key in wanted) or (made := make()) is None:
+        return
+    step = spec["batch_size"] * bench.config["recipe"]["data"]["sequence_length"]
+    speed = spec["random_init_learning_rate" if arm == "random init" else "learning_rate"]
+    settings = seed.settings(
+        steps[-1] * step,
+        learning_rate=float(speed),
+        batch_size=spec["batch_size"],
+        schedule="constant",
+        every=min(steps),
+    )
+    curve = arms.train(made[0], None, bench.train, bench.test, settings)
+    for n in steps:
+        bench.keep(arm, size, seed.number, n, lambda n=n: {"loss": curve[n], "tokens": n * step})
+
+
+def measure_recovery(bench: Bench, seed: Seed, count: int, only: Sequence[str] | None = None) -> None:
+    """All arms (or some) after a few steps; some of them after many, at the first key size."""
+    plan, _ = seed.plan(count)
+    spec, more = bench.config["recovery"], bench.config["long"]
+    first = count == parse_count(bench.config["key_sizes"][0])
+    for arm, make in seed.arms(count).items():
+        if only is None or arm in only:
+            long = [more["steps"]] if first and arm in more["arms"] else []
+            recover(bench, seed, arm, plan.num_parameters, make, [*spec["steps"], *long])
+
+
+def measure_direct(bench: Bench, seed: Seed, count: int) -> None:
+    """The size distilled from the source itself: on an anchor's tokens, and for shares of the chain's compute."""
+    plan, _ = seed.plan(count)
+    size, source = plan.num_parameters, seed.source.num_parameters()
+    counts = [model.num_parameters() for model in seed.anchors]
+
+    def compute(student: int, teacher: int) -> int:
+        return 6 * student + 2 * teacher  # floating-point operations a token
+
+    spent = sum(seed.tokens * compute(small, large) for large, small in pairwise(counts))
+    step = seed.recipe.distillation.batch_size * bench.config["recipe"]["data"]["sequence_length"]
+    budgets = {"equal tokens": seed.tokens}
+    budgets |= {f"1/{n} of the compute": spent // n // compute(size, source) for n in bench.config["share"]}
+    for label, tokens in budgets.items():
+        tokens = max(step, round(tokens / step) * step)
+
+        def one(tokens: int = tokens, label: str = label) -> dict[str, Any]:
+            name = f"direct-{size}-{label.replace('/', '-').replace(' ', '-')}"
+            return {**bench.loss(seed.distilled(name, plan.sizes, tokens).small), "tokens": tokens}
+
+        bench.keep(f"direct from a pruned start, {label}", size, seed.number, 0, one)
+
+    def fresh() -> dict[str, Any]:
+        model = arms.random_init(arms.combine(plan, seed.pairs[0], "prune").config, seed.number)
+        settings = seed.settings(learning_rate=float(bench.config["scratch"]["learning_rate"]))
+        arms.train(model, seed.source, bench.train, bench.validation, settings)
+        return {**bench.loss(model), "tokens": settings.tokens}
+
+    bench.keep("direct from random init, equal tokens", size, seed.number, 0, fresh)
+
+
+def measure_scratch(bench: Bench, seed: Seed, count: int) -> None:
+    """The size trained from scratch for long, measured along the way."""
+    plan, number = seed.plan(count)
+    spec = bench.config["scratch"]
+
+    def one() -> dict[str, Any]:
+        tokens = parse_count(spec["tokens"])
+        step = spec["batch_size"] * bench.config["recipe"]["data"]["sequence_length"]
+        settings = seed.settings(tokens, **speed_of(spec), every=max(1, tokens // step // 20))
+        model = arms.random_init(arms.combine(plan, seed.pairs[number], "prune").config, seed.number)
+        curve = arms.train(model, None, bench.train, bench.test, settings)
+        return {"loss": curve[max(curve)], "tokens": tokens, "curve": {str(n * step): v for n, v in curve.items()}}
+
+    bench.keep("scratch, long", plan.num_parameters, seed.number, 0, one)
+
+
+def measure_controls(bench: Bench, seed: Seed) -> None:
+    """Whether the lead is alignment or adaptation to the text: the same tokens for all, and tokens of other text."""
+    plan, number = seed.plan(parse_count(bench.config["key_sizes"][0]))
+    pair, size = seed.pairs[number], plan.num_parameters
+    ready = seed.arms(size)
+    tokens = seed.tokens
+
+    def elsewhere() -> PreTrainedModel:
+        student = arms.pruned(pair.large, pair.sizes[0], pair.index_map)
+        arms.refitted(student, pair.large, pair.index_map, bench.refit_blocks)
+        half = bench.other_train.train_test_split(0.1, seed=0)  # the best weights are chosen by other text as well
+        arms.train(student, pair.large, half["train"], half["test"], seed.settings(), pair.index_map)
+        return student
+
+    def source_again() -> PreTrainedModel:
+        model = seed.chain.anchors[number].load()
+        arms.train(model, None, bench.train, bench.validation, seed.settings())
+        return model
+
+    def other_anchor() -> PreTrainedModel:
+        return arms.combine(plan, Pair(pair.large, seed.saved("other-domain", elsewhere), pair.index_map))
+
+    def adapted_pruned() -> PreTrainedModel:
+        large = seed.saved("adapted-source", source_again)
+        return arms.refitted(arms.pruned(large, plan.sizes, pair.index_map), large, pair.index_map, bench.refit_blocks)
+
+    ways: dict[str, Callable[[], PreTrainedModel]] = {
+        OURS: lambda: ready[OURS]()[0],  # type: ignore[index]
+        "prune + refit": lambda: ready["prune + refit"]()[0],  # type: ignore[index]
+        "pruned + refit, distilled on the same tokens": lambda: (
+            seed.distilled(f"direct-{size}-equal-tokens", plan.sizes, tokens).small
+        ),
+        "source trained on the same tokens, pruned + refit": adapted_pruned,
+        "interpolate, anchor distilled on the other domain": other_anchor,
+    }
+    for name, make in ways.items():
+        for domain, blocks in {"own domain": bench.test, "other domain": bench.other_test}.items():
+            bench.keep(f"control, {domain}: {name}", size, seed.number, 0, lambda m=make, b=blocks: bench.loss(m(), b))
+
+
+def measure_below(bench: Bench, seed: Seed) -> None:
+    """Sizes below the smallest anchor, cut from it, against random init after the same steps."""
+    small, axis_map = seed.anchors[-1], axis_map_for(seed.source.config)
+    for count in map(parse_count, bench.config["below"]):
+        sizes = ladder(axis_map, seed.sizes(small), count)
+        size = count_parameters(axis_map, sizes)
+
+        def cut(sizes: Sizes = sizes) -> Made:
+            units = rank(small, axis_map, seed.sizes(small), sizes, bench.calibration)
+            return arms.refitted(arms.pruned(small, sizes, units), small, units, bench.refit_blocks), ""
+
+        ways = {
+            "below: pruned + refit": cut,
+            "random init": lambda s=sizes: (arms.random_init(cut(s)[0].config, seed.number), ""),
+        }
+        for arm, make in ways.items():
+            bench.keep(arm, size, seed.number, 0, lambda m=make: bench.loss(m()[0]))
+            recover(bench, seed, arm, size, make, bench.config["recovery"]["steps"])
+
+
+def measure(bench: Bench) -> None:
+    """Everything, the most wanted first."""
+    seeds = [Seed(bench, number) for number in bench.config["seeds"]]
+    keys = [parse_count(size) for size in bench.config["key_sizes"]]
+    for seed in seeds:
+        with bench.part("chains and other anchors"):
+            _ = seed.pairs, seed.independent, seed.layered, seed.sparse
+        with bench.part("every arm at step 0"):
+            measure_start(bench, seed)
+    for count in keys:
+        for seed in seeds:
+            with bench.part("recovery at the key sizes"):
+                measure_recovery(bench, seed, count)
+            with bench.part("direct distillation"):
+                measure_direct(bench, seed, count)
+            with bench.part("scratch, long"):
+                measure_scratch(bench, seed, count)
+    for seed in seeds:
+        with bench.part("controls"):
+            measure_controls(bench, seed)
+        with bench.part("below the smallest anchor"):
+            measure_below(bench, seed)
+    elsewhere = [OURS, "random init", "expand, zero padding", "prune + refit"]
+    with bench.part("recovery at the other sizes"):
+        for count in map(parse_count, bench.config["sizes"]):
+            if count not in keys:
+                measure_recovery(
+                    bench, seeds[0], count, [OURS, "random init", "expand, zero padding", "prune + refit"]
+                )
+
+
+def _laid_over(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with a profile's changes."""
+    merged = dict(base)
+    for key, value in change.items():
+        inner = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+        merged[key] = _laid_over(base[key], value) if inner else value
+    return merged
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "quality.yaml")
+    parser.add_argument("--profile", help="a key of the config's `profiles`")
+    parser.add_argument("--quick", action="store_const", const="quick", dest="profile", help="a toy scale")
+    parser.add_argument("--only", choices=["tables"], help="measure nothing")
+    parser.add_argument("--work", type=Path, default=HERE.parent / ".cache" / "quality", help="models under way")
+    parser.add_argument("--results", type=Path, help="default: docs/results, or WORK/PROFILE for a profile")
+    arguments = parser.parse_args()
+    settings = yaml.safe_load(arguments.config.read_text())
+    profiles = settings.pop("profiles", {})
+    settings = _laid_over(settings, profiles[arguments.profile]) if arguments.profile else settings
+    folder = arguments.results or (
+        arguments.work / arguments.profile if arguments.profile else HERE.parent / "docs" / "results"
+    )
+    if arguments.only != "tables":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        measure(Bench(settings, folder, arguments.work))
+    quality_tables.write(folder)
