@@ -232,9 +232,7 @@ def measure(bench: Bench) -> None:
     with bench.part("recovery at the other sizes"):
         for count in map(parse_count, bench.config["sizes"]):
             if count not in keys:
-                measure_recovery(
-                    bench, seeds[0], count, [OURS, "random init", "expand, zero padding", "prune + refit"]
-                )
+                measure_recovery(bench, seeds[0], count, elsewhere)
 
 
 def _laid_over(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import pairwise
@@ -109,6 +109,7 @@ def model_card(
     revision: str | None,
     evaluation: Evaluation | None = None,
     repo_id: str | None = None,
+    refine: Mapping[str, Any] | None = None,
 ) -> ModelCard:
     """Returns the card of a model that was made from a chain.
 
@@ -119,6 +120,7 @@ def model_card(
         revision: Commit of the chain; None where it is local.
         evaluation: Held-out loss of this very model, if it was measured.
         repo_id: Where the model is (to be) published; None writes a card that is read inside a local folder.
+        refine: What :func:`cbd_hub.refine.choose` reported, where the model was refined.
     """
     names = list(dict.fromkeys([plan.large, plan.small]))
     anchors = [anchor for anchor in manifest.anchors if anchor.name in names]
@@ -142,6 +144,7 @@ def model_card(
         revision=revision,
         evaluation=evaluation,
         place=repo_id or ".",
+        refine=refine,
     )
 
 

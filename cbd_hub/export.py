@@ -44,6 +44,11 @@ def write_model(
             chain.tokenizer.save_pretrained(temporary)
         origin = model.config.cbd_hub
         card = cards.model_card(
-            chain.manifest, plan, chain=origin["chain"], revision=origin["revision"], repo_id=repo_id
+            chain.manifest,
+            plan,
+            chain=origin["chain"],
+            revision=origin["revision"],
+            repo_id=repo_id,
+            refine=origin.get("refine"),
         )
         card.save(temporary / "README.md")

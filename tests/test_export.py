@@ -1,5 +1,6 @@
 """A made model on disk: whole or not at all, and an ordinary model folder."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,20 @@ def test_writes_a_folder_that_equals_the_model_in_memory(tmp_path: Path) -> None
     card = (tmp_path / "deep" / "model" / "README.md").read_text()
     assert "tiny" in card and f"{plan.num_parameters:,}" in card
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["model"]
+
+
+def test_a_refined_model_says_what_was_chosen(tmp_path: Path) -> None:
+    chain = Chain.from_pretrained(built_chain())
+    plan = chain.plan(chain.manifest.curve[0].num_parameters)
+    write_model(chain, plan, tmp_path / "model", progress=False, refine=True, repo_id="org/refined")
+    report = json.loads((tmp_path / "model" / "config.json").read_text())["cbd_hub"]["refine"]
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert (
+        f"of {len(report['compared'])} ways to make a model of this size, `{report['candidate']}` was chosen" in card
+    )
+    assert f"({report['calibration_loss']:.4f}; as planned {report['planned_loss']:.4f})" in card
+    assert "    refine=True,\n" in card
+    assert 'from_pretrained("org/refined")' in card
 
 
 def test_a_chain_without_a_tokenizer_gives_a_folder_without_one(tmp_path: Path) -> None:
