@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from transformers import PreTrainedModel
 
 from cbd_hub.architectures import axis_map_for
 from cbd_hub.importance import rank
-from cbd_hub.sizing import Sizes, count_parameters, ladder, parse_count
+from cbd_hub.sizing import Sizes, count_parameters, parse_count, solve
 
 HERE = Path(__file__).parent
 
@@ -89,12 +90,12 @@ def recover(
 
 
 def measure_recovery(bench: Bench, seed: Seed, count: int, only: Sequence[str] | None = None) -> None:
-    """All arms (or some) after a few steps; some of them after many, at the first key size."""
+    """Nearly all arms (or some) after a few steps; a few of them after many, at the first key size."""
     plan, _ = seed.plan(count)
     spec, more = bench.config["recovery"], bench.config["long"]
     first = count == parse_count(bench.config["key_sizes"][0])
     for arm, make in seed.arms(count).items():
-        if only is None or arm in only:
+        if arm not in spec["not"] if only is None else arm in only:
             long = [more["steps"]] if first and arm in more["arms"] else []
             recover(bench, seed, arm, plan.num_parameters, make, [*spec["steps"], *long])
 
@@ -113,7 +114,7 @@ def measure_direct(bench: Bench, seed: Seed, count: int) -> None:
     budgets = {"equal tokens": seed.tokens}
     budgets |= {f"1/{n} of the compute": spent // n // compute(size, source) for n in bench.config["share"]}
     for label, tokens in budgets.items():
-        tokens = max(step, round(tokens / step) * step)
+        tokens = ceil(tokens / step) * step
 
         def one(tokens: int = tokens, label: str = label) -> dict[str, Any]:
             name = f"direct-{size}-{label.replace('/', '-').replace(' ', '-')}"
@@ -125,7 +126,7 @@ def measure_direct(bench: Bench, seed: Seed, count: int) -> None:
         model = arms.random_init(arms.combine(plan, seed.pairs[0], "prune").config, seed.number)
         settings = seed.settings(learning_rate=float(bench.config["scratch"]["learning_rate"]))
         arms.train(model, seed.source, bench.train, bench.validation, settings)
-        return {**bench.loss(model), "tokens": settings.tokens}
+        return {**bench.loss(model), "tokens": ceil(settings.tokens / step) * step}
 
     bench.keep("direct from random init, equal tokens", size, seed.number, 0, fresh)
 
@@ -189,12 +190,14 @@ def measure_controls(bench: Bench, seed: Seed) -> None:
 def measure_below(bench: Bench, seed: Seed) -> None:
     """Sizes below the smallest anchor, cut from it, against random init after the same steps."""
     small, axis_map = seed.anchors[-1], axis_map_for(seed.source.config)
+    whole = seed.sizes(small)
+    lowest = {**whole, "layers": 1, "ffn": max(1, whole["ffn"] // 8)}
     for count in map(parse_count, bench.config["below"]):
-        sizes = ladder(axis_map, seed.sizes(small), count)
+        sizes = solve(axis_map, count, lowest, whole, shallow=False)
         size = count_parameters(axis_map, sizes)
 
         def cut(sizes: Sizes = sizes) -> Made:
-            units = rank(small, axis_map, seed.sizes(small), sizes, bench.calibration)
+            units = rank(small, axis_map, whole, sizes, bench.calibration)
             return arms.refitted(arms.pruned(small, sizes, units), small, units, bench.refit_blocks), ""
 
         ways = {
@@ -215,24 +218,25 @@ def measure(bench: Bench) -> None:
             _ = seed.pairs, seed.independent, seed.layered, seed.sparse
         with bench.part("every arm at step 0"):
             measure_start(bench, seed)
+    some = bench.config["recovery"]["elsewhere"]
     for count in keys:
         for seed in seeds:
             with bench.part("recovery at the key sizes"):
-                measure_recovery(bench, seed, count)
+                measure_recovery(bench, seed, count, None if count == keys[0] else some["keys"])
             with bench.part("direct distillation"):
                 measure_direct(bench, seed, count)
-            with bench.part("scratch, long"):
-                measure_scratch(bench, seed, count)
+            if count == keys[0] or seed is seeds[0]:
+                with bench.part("scratch, long"):
+                    measure_scratch(bench, seed, count)
     for seed in seeds:
         with bench.part("controls"):
             measure_controls(bench, seed)
         with bench.part("below the smallest anchor"):
             measure_below(bench, seed)
-    elsewhere = [OURS, "random init", "expand, zero padding", "prune + refit"]
     with bench.part("recovery at the other sizes"):
         for count in map(parse_count, bench.config["sizes"]):
             if count not in keys:
-                measure_recovery(bench, seeds[0], count, elsewhere)
+                measure_recovery(bench, seeds[0], count, some["others"])
 
 
 def _laid_over(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import numpy as np
 import quality_arms as arms
 import torch
 from datasets import Dataset
@@ -28,6 +29,7 @@ from cbd_hub.architectures import axis_map_for
 from cbd_hub.data import pack
 from cbd_hub.evaluation import evaluate_loss
 from cbd_hub.importance import rank
+from cbd_hub.index_maps import IndexMap
 from cbd_hub.ingredients import Ingredients
 from cbd_hub.plan import Plan
 from cbd_hub.recipe import load_recipe
@@ -48,15 +50,16 @@ class Bench:
 
     def __init__(self, config: dict[str, Any], results: Path, work: Path) -> None:
         self.config, self.path = config, results / "quality.json"
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
-        self.work = work / digest
+        digest = _digest(config)
+        # What was trained before stays good as long as all that decides it does.
+        self.work = work / _digest({name: config[name] for name in ("recipe", "independent", "validation_tokens")})
         self.found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
         if self.found.setdefault("config_sha256", digest) != digest:
             raise SystemExit(f"{self.path} is of another config; remove it, or name another folder (--results)")
         self.found.setdefault("config", config)
         self.found.setdefault("runs", []).append(_machine())
         self.figures: dict[str, dict[str, Any]] = self.found.setdefault("figures", {})
-        self.seconds: dict[str, float] = self.found.setdefault("seconds", {})
+        self.seconds: dict[str, dict[str, float]] = self.found.setdefault("seconds", {})
         made = Ingredients(load_recipe(self.recipe(0))[0], Path.cwd())
         if made.text is None or made.tokenizer is None:
             raise SystemExit("the recipe has no text")
@@ -79,7 +82,8 @@ class Bench:
     def recipe(self, seed: int) -> dict[str, Any]:
         """The chain's recipe for one seed."""
         recipe = json.loads(json.dumps(self.config["recipe"]))
-        recipe["source"]["train"]["training"]["seed"] = seed
+        if "train" in recipe["source"]:  # else a checkpoint, the same for all seeds
+            recipe["source"]["train"]["training"]["seed"] = seed
         recipe["distillation"]["seed"] = seed
         if "text_files" in recipe["data"]:
             recipe["data"]["text_files"] = str((HERE / recipe["data"]["text_files"]).resolve())
@@ -94,10 +98,14 @@ class Bench:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Adds the wall time of what is inside to a part's, also when it is cut off between two figures."""
-        started = time.monotonic()
+        """Adds the time of what is inside to a part's (what a killed run was at is not counted)."""
+        wall, cpu = time.monotonic(), time.process_time()
         yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 1)
+        spent = {"wall": time.monotonic() - wall, "cpu": time.process_time() - cpu}
+        if spent["cpu"] < 1:  # all of it stood already
+            return
+        before = self.seconds.get(name, {})
+        self.seconds[name] = {clock: round(before.get(clock, 0.0) + s, 1) for clock, s in spent.items()}
         self.save()
         print(f"== {name}: {self.seconds[name]} s", flush=True)
 
@@ -172,26 +180,26 @@ class Seed:
             make().save_pretrained(folder)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def distilled(self, name: str, sizes: Sizes, tokens: int, text: Dataset | None = None, refit: bool = True) -> Pair:
+    def distilled(self, name: str, sizes: Sizes, tokens: int, units: IndexMap | None = None) -> Pair:
         """A student of any sizes, cut from the source, refitted and distilled from it."""
         axis_map, blocks = axis_map_for(self.source.config), self.bench.calibration
-        units = rank(self.source, axis_map, self.sizes(self.source), sizes, blocks)
+        kept = units or rank(self.source, axis_map, self.sizes(self.source), sizes, blocks)
 
         def make() -> PreTrainedModel:
-            student = arms.pruned(self.source, sizes, units)
-            if refit:
-                arms.refitted(student, self.source, units, self.bench.refit_blocks)
-            text_of = self.bench.train if text is None else text
-            arms.train(student, self.source, text_of, self.bench.validation, self.settings(tokens), units)
+            student = arms.pruned(self.source, sizes, kept)
+            arms.refitted(student, self.source, kept, self.bench.refit_blocks)
+            arms.train(student, self.source, self.bench.train, self.bench.validation, self.settings(tokens), kept)
             return student
 
-        return Pair(self.source, self.saved(name, make), units)
+        return Pair(self.source, self.saved(name, make), kept)
 
     @cached_property
     def layered(self) -> Pair:
-        """Source and a student of half its layers, otherwise the same: what Boomerang starts from."""
+        """Source and a student of every other layer, otherwise the same: what Boomerang starts from."""
         sizes = self.sizes(self.source)
-        return self.distilled("layered", {**sizes, "layers": sizes["layers"] // 2}, self.tokens, refit=False)
+        layers = np.arange(sizes["layers"])
+        units = IndexMap(np.concatenate([layers[::2], layers[1::2]]))
+        return self.distilled("layered", {**sizes, "layers": len(layers[::2])}, self.tokens, units)
 
     @cached_property
     def sparse(self) -> Pair:
@@ -269,6 +277,10 @@ class Seed:
                     None if (made := arms.patch(self.layered, layers, bench.choose)) is None else made[::-1]
                 )
         return found
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def speed_of(spec: Mapping[str, Any]) -> dict[str, Any]:

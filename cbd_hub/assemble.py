@@ -12,9 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub import chain as manifests
@@ -39,6 +38,7 @@ from cbd_hub.sources import (
     reader,
     weight_files,
 )
+from cbd_hub.untrusted import guarded, read_config, read_generation_config, read_tokenizer
 
 __all__ = ["Chain", "ChainAnchor", "from_chain"]
 
@@ -131,7 +131,7 @@ class Chain:
         if not self.manifest.tokenizer:
             raise IntegrityError(f"the chain {self.manifest.name!r} ships no tokenizer")
         paths = [checked_file(self.location, name, entry) for name, entry in self.manifest.tokenizer.items()]
-        return AutoTokenizer.from_pretrained(paths[0].parent)
+        return read_tokenizer(paths, self.manifest.name if self.location.is_local else self.location.place)
 
     @cached_property
     def index_maps(self) -> dict[str, IndexMap]:
@@ -187,14 +187,9 @@ class Chain:
             IntegrityError: The file differs from the manifest's hash.
             ManifestError: The config contradicts the manifest's shape or axis map.
         """
-        path = checked_file(anchor_place(self.location, anchor), "config.json", anchor.files["config.json"])
-        try:
-            config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
-        except (ValueError, KeyError, OSError, TypeError, AttributeError, StrictDataclassError) as error:
-            raise ManifestError(f"config.json of anchor {anchor.name!r} cannot be used: {error}") from error
-        axis_map = self.manifest.resolved_axis_map
-        if config.model_type != self.manifest.architecture or axis_map.sizes(config) != axis_map.sizes(anchor.shape):
-            raise ManifestError(f"config.json of anchor {anchor.name!r} contradicts the shape in the manifest")
+        place, axis_map = anchor_place(self.location, anchor), self.manifest.resolved_axis_map
+        path = checked_file(place, "config.json", anchor.files["config.json"])
+        config = read_config(path, self.manifest.architecture, axis_map, anchor.shape)
         if config.model_type in AXIS_MAPS:
             known = axis_map_for(config)
             if replace(known, free=()) != replace(axis_map, free=()):
@@ -268,15 +263,11 @@ class Chain:
             state[op.name] = make_tensor(
                 op, axis_map, plan.index_map, large_source, small_source, plan.sizes, out_dtype
             )
-        model = build_model(config, state, out_dtype)
+        model = guarded(f"config.json of anchor {large.name!r}", partial(build_model, config, state, out_dtype))
         if "generation_config.json" in large.files:
-            path = checked_file(
-                anchor_place(self.location, large), "generation_config.json", large.files["generation_config.json"]
-            )
-            try:
-                model.generation_config = GenerationConfig.from_pretrained(path.parent)
-            except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-                raise ManifestError(f"{path} cannot be used: {error}") from error
+            place = anchor_place(self.location, large)
+            path = checked_file(place, "generation_config.json", large.files["generation_config.json"])
+            model.generation_config = read_generation_config(path)
         self._sign(model, plan)
         return model
 

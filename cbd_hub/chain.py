@@ -12,14 +12,16 @@ for staying inside their folder.
 
 import hashlib
 import json
+import re
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cbd_hub.axis_map import AxisMap
 from cbd_hub.errors import AxisMapError, CbdError, IntegrityError, ManifestError, did_you_mean
+from cbd_hub.json_files import read_json
 from cbd_hub.sizing import count_parameters
 
 __all__ = [
@@ -57,14 +59,34 @@ CHECKSUMS_NAME = "checksums.json"
 """XXH3-128 of every tensor of every anchor."""
 
 
-_MOST_LAYERS = 10_000
+_MOST_BYTES = 1 << 24
+_MOST_LAYERS = 1_000
+_MOST_TENSORS = 256
+"""Lines of an axis map."""
+_MOST_AXES = 16
+_LONGEST_TEXT = 256
+_MOST_ROWS = 1 << 24
+"""Of a stored dimension."""
+
+
+_PART = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}"
+_INNER = re.compile(rf"{_PART}(/{_PART}){{0,7}}")
+_REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
 
 def _inside(path: str) -> str:
-    parts = PurePosixPath(path).parts
-    if not path or path.startswith("/") or "\\" in path or ":" in path or "\0" in path or ".." in parts:
-        raise ValueError(f"{path!r} is not a path inside the repository (no '..', no leading '/', no '\\' or ':')")
+    if not _INNER.fullmatch(path):
+        raise ValueError(
+            f"{path[:200]!r} is not a path inside the repository (names of letters, digits and ._+-, joined by '/'; "
+            "none begins with a dot)"
+        )
     return path
+
+
+def _repository(repo_id: str) -> str:
+    if not _REPO_ID.fullmatch(repo_id) or ".." in repo_id or "--" in repo_id or repo_id.endswith((".git", ".", "-")):
+        raise ValueError(f"{repo_id[:200]!r} is no repository id (owner/name); addresses and paths are not followed")
+    return repo_id
 
 
 InnerPath = Annotated[str, AfterValidator(_inside)]
@@ -75,7 +97,7 @@ PositiveInt = Annotated[int, Field(gt=0, lt=2**50)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class FileEntry(_Strict):
@@ -117,7 +139,7 @@ class Anchor(_Strict):
     """One anchor of the chain."""
 
     name: Name
-    repo_id: str | None = None
+    repo_id: Annotated[str, AfterValidator(_repository)] | None = None
     """Hub repository; None where the anchor lies in the chain's own repository or folder."""
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     """Commit of ``repo_id``."""
@@ -228,9 +250,38 @@ class Manifest(_Strict):
         """Returns the axis sizes of an anchor."""
         return self.resolved_axis_map.sizes(anchor.shape)
 
+    @field_validator("axis_map")
+    @classmethod
+    def _modest(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Nothing in an axis map is large: what is would only cost endless work."""
+        level: list[Any] = [value]
+        while level:
+            if any(len(v) > _LONGEST_TEXT for v in level if isinstance(v, str)):
+                raise ValueError(f"the axis map holds a string of more than {_LONGEST_TEXT} characters")
+            if any(len(v) > _MOST_TENSORS for v in level if isinstance(v, dict | list)):
+                raise ValueError(f"the axis map holds a list of more than {_MOST_TENSORS} entries")
+            inner = [v for v in level if isinstance(v, dict | list)]
+            level = [x for v in inner for x in ([*v, *v.values()] if isinstance(v, dict) else v)]
+        return value
+
+    @model_validator(mode="after")
+    def _files_apart(self) -> "Manifest":
+        """No file takes the place of another, or of a folder."""
+        own = {MANIFEST_NAME, INDEX_MAPS_NAME, CHECKSUMS_NAME, CALIBRATION_NAME}
+        for name in self.tokenizer:
+            if "/" in name or name in own or name.startswith((MANIFEST_NAME, "anchors")):
+                raise ValueError(f"a tokenizer file cannot be called {name!r}")
+        for anchor in self.anchors:
+            folders = {name.rsplit("/", n)[0] for name in anchor.files for n in range(1, name.count("/") + 1)}
+            if clash := folders & set(anchor.files):
+                raise ValueError(f"anchor {anchor.name!r}: {sorted(clash)[0]!r} cannot be both a file and a folder")
+        return self
+
     @model_validator(mode="after")
     def _fits(self) -> "Manifest":
         axis_map = self.resolved_axis_map
+        if len(axis_map.axes) > _MOST_AXES:
+            raise ValueError(f"the axis map has {len(axis_map.axes)} axes; at most {_MOST_AXES} are read")
         previous: Anchor | None = None
         for anchor in self.anchors:
             try:
@@ -240,7 +291,10 @@ class Manifest(_Strict):
             if axis_map.config_fields(sizes) != anchor.shape:
                 raise ValueError(f"anchor {anchor.name!r}: its shape does not state exactly {list(axis_map.fields)}")
             if sizes["layers"] > _MOST_LAYERS:
-                raise ValueError(f"anchor {anchor.name!r} claims {sizes['layers']} layers")
+                raise ValueError(f"anchor {anchor.name!r} claims {sizes['layers']} layers; at most {_MOST_LAYERS}")
+            rows = max(max(axis_map.layout(p).shape(sizes), default=0) for p in axis_map.tensors)
+            if max(rows, *sizes.values()) > _MOST_ROWS:
+                raise ValueError(f"anchor {anchor.name!r} claims a size of more than {_MOST_ROWS} units")
             count = count_parameters(axis_map, sizes)
             if count != anchor.num_parameters:
                 raise ValueError(
@@ -291,11 +345,9 @@ def read_manifest(path: Path) -> Manifest:
         ManifestError: Not JSON, a later format, unknown keys, or claims that contradict each other.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no JSON, or a number too long
-        raise ManifestError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ManifestError(f"{path} is no JSON object")
+        data = read_json(path, _MOST_BYTES)
+    except IntegrityError as error:
+        raise ManifestError(str(error)) from None
     version = data.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise ManifestError(

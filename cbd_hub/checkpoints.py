@@ -48,6 +48,7 @@ Digest = str | list[str]
 """Of a tensor: one string where it is no larger than a block, otherwise one a block."""
 
 _MAX_HEADER = 100_000_000
+_MOST_DIMENSIONS = 8
 _INDEX = "model.safetensors.index.json"
 
 
@@ -109,11 +110,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def _tensor_info(path: Path, key: str, entry: Any, base: int) -> TensorInfo:
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, start, stop]
+        numbers = [*shape[:_MOST_DIMENSIONS], start, stop]
     except (TypeError, KeyError, ValueError):
         raise _fail(path, f"has a malformed entry for tensor {key!r}") from None
-    if not isinstance(dtype, str) or not all(
-        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**62 for n in numbers
+    if (
+        not isinstance(dtype, str)
+        or len(shape) > _MOST_DIMENSIONS
+        or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**62 for n in numbers)
     ):
         raise _fail(path, f"has a malformed entry for tensor {key!r}")
     if dtype in DTYPES and stop - start != prod(shape) * DTYPES[dtype].itemsize:

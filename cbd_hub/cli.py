@@ -273,42 +273,54 @@ def eval_command(
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to measure on; may be repeated.")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens a block.", min=2)] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.", min=1)] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Or tasks, comma-separated: boolq, piqa, openbookqa, commonsense_qa.")
+    ] = None,
+    items: Annotated[Path, typer.Option(help="Folder of the tasks' JSONL files.")] = Path("eval-items"),
+    limit: Annotated[int | None, typer.Option(help="Only the first so many items of each task.", min=1)] = None,
     as_json: Json = False,
     revision: Revision = None,
     token: Token = None,
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
 ) -> None:
-    """Measures perplexity on text: of one model, or of every anchor of a chain.
+    """Measures perplexity on text, or accuracy on tasks: of one model, or of every anchor of a chain.
 
     Example: cbd-hub eval my-chain --text held-out.txt
     """
-    from cbd_hub.compare import evaluate_on_text
+    from cbd_hub.compare import evaluate_on_tasks, evaluate_on_text
 
-    rows = evaluate_on_text(
-        model,
-        text or [],
-        sequence_length=sequence_length,
-        max_tokens=max_tokens,
-        progress=not as_json,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
+    if text and tasks:
+        raise typer.BadParameter("give --text or --tasks, not both")
+    where: dict[str, Any] = {
+        "progress": not as_json,
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        rows = evaluate_on_tasks(model, names, items, limit=limit, **where)
+    else:
+        rows = evaluate_on_text(model, text or [], sequence_length=sequence_length, max_tokens=max_tokens, **where)
     if as_json:
         _print_json(rows)
         return
-    table = Table(Column("model", overflow="fold"), "parameters", "loss (nats a token)", "perplexity", "tokens")
+    columns = ["task", "metric", "value", "items"] if tasks else ["loss (nats a token)", "perplexity", "tokens"]
+    table = Table(Column("model", overflow="fold"), "parameters", *columns)
     for row in rows:
-        table.add_row(
-            escape(row["name"]),
-            f"{row['num_parameters']:,}",
-            f"{row['loss']:.4f}",
-            f"{row['perplexity']:.2f}",
-            f"{row['num_tokens']:,}",
-        )
+        if tasks:
+            error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+            cells = [row["task"], row["metric"], f"{row['value']:.4f}{error}", f"{row['items']:,}"]
+        else:
+            cells = [f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", f"{row['num_tokens']:,}"]
+        table.add_row(escape(row["name"]), f"{row['num_parameters']:,}", *cells)
     Console().print(table)
+    if tasks:
+        sys.stdout.write("zero-shot; ± is one standard error, over items\n")
+        for task, cut in {row["task"]: row["truncated"] for row in rows if row["truncated"]}.items():
+            sys.stdout.write(f"{cut} items of {task} were longer than the context and lost their beginning\n")
 
 
 @app.command()

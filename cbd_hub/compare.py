@@ -1,10 +1,11 @@
-"""Perplexity of a model, or of every anchor of a chain, on a user's own text."""
+"""A model, or every anchor of a chain, measured: perplexity on a user's own text, accuracy on tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.assemble import Chain
 from cbd_hub.chain import MANIFEST_NAME
@@ -12,8 +13,9 @@ from cbd_hub.data import pack
 from cbd_hub.documents import DataConfig, load_documents
 from cbd_hub.errors import ChainNotFoundError, RecipeError
 from cbd_hub.evaluation import evaluate_loss
+from cbd_hub.tasks import ITEMS, evaluate_tasks, read_items
 
-__all__ = ["evaluate_on_text"]
+__all__ = ["evaluate_on_tasks", "evaluate_on_text"]
 
 
 def evaluate_on_text(
@@ -50,36 +52,83 @@ def evaluate_on_text(
     """
     if not text:
         raise RecipeError("give text to measure on: --text FILE (UTF-8), text that no training used")
+    documents = load_documents(
+        DataConfig(text_files=[str(Path(t).absolute()) for t in text], sequence_length=sequence_length)
+    )
+    tokenizer, models = _open(model, revision, token, cache_dir, local_files_only)
+    blocks = pack(documents, tokenizer, sequence_length)
+    rows = []
+    for name, loaded in models:
+        result = evaluate_loss(loaded, blocks, progress=progress, max_tokens=max_tokens)
+        rows.append({"name": name, "num_parameters": loaded.num_parameters(), **result.as_dict()})
+    return rows
+
+
+def evaluate_on_tasks(
+    model: str,
+    tasks: Sequence[str],
+    items: str | Path = ITEMS,
+    *,
+    limit: int | None = None,
+    batch_size: int = 4,
+    progress: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> list[dict[str, Any]]:
+    """Measures accuracy on tasks: see :func:`cbd_hub.tasks.evaluate_tasks`.
+
+    Args:
+        model: Folder or repo id of a chain or of a plain transformers model.
+        tasks: Names out of :data:`cbd_hub.tasks.TASKS`.
+        items: Folder with the tasks' JSONL files.
+        limit: Only the first so many items of each task.
+        batch_size: Prompts in a forward pass.
+        progress: Show progress bars.
+        revision: Branch, tag or commit.
+        token: Hub token.
+        cache_dir: Another cache than ``HF_HOME``'s.
+        local_files_only: Use the cache alone.
+
+    Returns:
+        A row for each model, task and metric: name, num_parameters, task, metric, value, stderr, items, truncated.
+
+    Raises:
+        CbdError: lm-evaluation-harness is not installed.
+        RecipeError: An unknown task, no items, or items that cannot be read.
+        ChainNotFoundError: There is no such model or chain.
+    """
+    read_items(tasks, items)  # so that a slip costs no download
+    tokenizer, models = _open(model, revision, token, cache_dir, local_files_only)
+    rows = []
+    for name, loaded in models:
+        measured = evaluate_tasks(loaded, tokenizer, tasks, items, limit, batch_size=batch_size, progress=progress)
+        rows += [{"name": name, "num_parameters": loaded.num_parameters(), **row} for row in measured]
+    return rows
+
+
+def _open(
+    model: str, revision: str | None, token: str | bool | None, cache_dir: str | None, local_files_only: bool
+) -> tuple[Tokenizer, Iterator[tuple[str, PreTrainedModel]]]:
+    """The tokenizer of a model or chain, and the model, or the anchors one after another, by name."""
     where: dict[str, Any] = {
         "revision": revision,
         "token": token,
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
-    documents = load_documents(
-        DataConfig(text_files=[str(Path(t).absolute()) for t in text], sequence_length=sequence_length)
-    )
-    plain = (Path(model) / "config.json").is_file() and not (Path(model) / MANIFEST_NAME).is_file()
-    chain: Chain | None = None
-    if not plain:
+    if not (Path(model) / "config.json").is_file() or (Path(model) / MANIFEST_NAME).is_file():
         try:
             chain = Chain.from_pretrained(model, **where)
         except ChainNotFoundError:
             if Path(model).exists():
                 raise
-    if chain is not None:
-        blocks = pack(documents, chain.tokenizer, sequence_length)
-        rows = []
-        for anchor in chain.anchors:
-            result = evaluate_loss(anchor.load(), blocks, progress=progress, max_tokens=max_tokens)
-            rows.append({"name": anchor.name, "num_parameters": anchor.num_parameters, **result.as_dict()})
-        return rows
+        else:
+            return chain.tokenizer, ((anchor.name, anchor.load()) for anchor in chain.anchors)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **where)
         loaded = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, **where)
     except (OSError, ValueError) as error:
         raise ChainNotFoundError(f"{model!r} is neither a chain nor a model that can be loaded: {error}") from error
-    result = evaluate_loss(
-        loaded, pack(documents, tokenizer, sequence_length), progress=progress, max_tokens=max_tokens
-    )
-    return [{"name": model, "num_parameters": loaded.num_parameters(), **result.as_dict()}]
+    return tokenizer, iter([(model, loaded)])

@@ -6,6 +6,7 @@ A message says what was got, what is allowed and what to do next.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,8 +25,19 @@ __all__ = [
 ]
 
 
+_LONGEST = 2000
+
+
 class CbdError(Exception):
-    """Base class of every error raised on purpose by cbd_hub."""
+    """Base class of every error raised on purpose by cbd_hub.
+
+    Its message is one line of printable text, whatever of a repository it quotes, and not endlessly long.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        text = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in str(message))
+        text = re.sub(r" {2,}", " ", text).strip()
+        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 40]} ... ({len(text)} characters)")
 
 
 class AxisMapError(CbdError, ValueError):

@@ -44,13 +44,13 @@ from cbd_hub.errors import CbdError, ChainNotFoundError, IntegrityError, Publish
 from cbd_hub.partial_files import PartialFile
 from cbd_hub.ranges import Run, count_bytes
 
-__all__ = ["Location", "NoRangesError", "clear_errors"]
+__all__ = ["LIBRARY", "Location", "NoRangesError", "clear_errors", "has_hash"]
 
 LIBRARY: dict[str, Any] = {"library_name": "cbd_hub", "library_version": version("cbd_hub")}
 """Told to the Hub, which counts downloads by library."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class NoRangesError(CbdError, RuntimeError):
@@ -118,6 +118,24 @@ def clear_errors(repo_id: str, what: str, revision: str | None = None, *, writin
         raise kind(f"{what} of {repo_id}{at} could not be fetched: {_first_line(error)}") from None
 
 
+def has_hash(content: Path | bytes, name: str) -> bool:
+    """Whether content has the hash that the Hub knows it by: SHA-256 (64 digits) or git's blob hash (40).
+
+    A name that is neither says nothing, and is true of everything.
+    """
+    if not _HASH.fullmatch(name):
+        return True
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    digest = hashlib.sha256() if len(name) == 64 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    if isinstance(content, bytes):
+        digest.update(content)
+    else:
+        with content.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest() == name
+
+
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
@@ -151,11 +169,16 @@ class Location:
     cache_dir: str | None = None
     local_files_only: bool = False
     force_download: bool = False
+    pinned_elsewhere: bool = False
+    """Named by a manifest, not by the user: a repository, whatever folder of that name there may be."""
 
     @property
     def is_local(self) -> bool:
         """Whether this is a folder on disk."""
-        return Path(self.place).expanduser().is_dir()
+        try:
+            return not self.pinned_elsewhere and Path(self.place).expanduser().is_dir()
+        except (OSError, RuntimeError, ValueError):  # a name too long, no such home, a NUL
+            return False
 
     def _inner(self, name: str) -> str:
         return f"{self.subfolder}/{name}" if self.subfolder else name
@@ -274,6 +297,8 @@ class Location:
         if "snapshots" not in path.parts:
             PartialFile(path, 0).discard()
             return
+        if path.is_symlink() and has_hash(path, path.readlink().name):
+            return  # it is what the Hub has; somebody's manifest says otherwise
         while path.is_symlink():  # the snapshot's entry is a link to a blob, that perhaps to a store of several caches
             target = path.parent / path.readlink()
             path.unlink()
@@ -289,17 +314,10 @@ class Location:
         Raises:
             IntegrityError: The content is another; the copy was dropped.
         """
-        if self.is_local or not path.is_symlink():
+        if self.is_local or not path.is_symlink() or has_hash(path, path.readlink().name):
             return
-        name = path.readlink().name
-        data = path.read_bytes()
-        git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-        good = not _GIT_SHA1.fullmatch(name) or name == git
-        if _SHA256.fullmatch(name):
-            good = name == hashlib.sha256(data).hexdigest()
-        if not good:
-            self.forget(path)
-            raise IntegrityError(f"{path.name} of {self.place} was damaged on its way (its hash differs); try again")
+        self.forget(path)
+        raise IntegrityError(f"{path.name} of {self.place} was damaged on its way (its hash differs); try again")
 
     def pinned(self, known: Path) -> "Location":
         """Returns this location pinned to the commit that ``known``, a file it gave, came from.
@@ -317,7 +335,7 @@ class Location:
 
     def elsewhere(self, repo_id: str, revision: str | None) -> "Location":
         """Returns another repository, asked in the same way (token, cache, offline)."""
-        return replace(self, place=repo_id, revision=revision, subfolder="")
+        return replace(self, place=repo_id, revision=revision, subfolder="", pinned_elsewhere=True)
 
 
 def _get_range(url: str, headers: dict[str, str], size: int, start: int, stop: int) -> bytes:

@@ -4,7 +4,6 @@ A commit names the commit that it was made on top of, so that nobody's work is o
 files whose content differs from what is there.
 """
 
-import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from cbd_hub.errors import PublishError
-from cbd_hub.hub import LIBRARY, clear_errors
+from cbd_hub.hub import LIBRARY, clear_errors, has_hash
 
 __all__ = ["Commit", "Content", "Repository", "State", "gather"]
 
@@ -191,14 +190,5 @@ def _size(content: Content) -> int:
 
 
 def _same(content: Content, held: tuple[int, str] | None) -> bool:
-    """Whether the content has this size and hash: SHA-256 has 64 digits, git's blob hash 40."""
-    if held is None or held[0] != _size(content):
-        return False
-    digest = hashlib.sha256() if len(held[1]) == 64 else hashlib.sha1(b"blob %d\x00" % held[0], usedforsecurity=False)
-    if isinstance(content, bytes):
-        digest.update(content)
-    else:
-        with content.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest() == held[1]
+    """Whether the content has this size and hash."""
+    return held is not None and held[0] == _size(content) and len(held[1]) in (40, 64) and has_hash(content, held[1])

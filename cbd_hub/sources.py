@@ -19,6 +19,7 @@ from cbd_hub.chain import Anchor, FileEntry, Manifest
 from cbd_hub.checkpoints import Checkpoint, Digest, read_header
 from cbd_hub.errors import ChainNotFoundError, IntegrityError
 from cbd_hub.hub import Location, NoRangesError
+from cbd_hub.json_files import read_json
 from cbd_hub.materialize import Read, parse_dtype, whole_folder
 from cbd_hub.plan import WHOLE_ABOVE
 from cbd_hub.ranges import Run, count_bytes
@@ -33,6 +34,7 @@ __all__ = [
     "weight_files",
 ]
 
+_MOST_CHECKSUMS = 1 << 26
 _HEADER = 1 << 17
 """Bytes that are fetched first: nearly every header fits."""
 
@@ -106,7 +108,7 @@ def read_checksums(manifest: Manifest, chain: Location) -> dict[str, dict[str, D
         return {}
     path = checked_file(chain, manifests.CHECKSUMS_NAME, manifest.checksums)
     try:
-        return TypeAdapter(dict[str, dict[str, Digest]]).validate_json(path.read_bytes())
+        return TypeAdapter(dict[str, dict[str, Digest]]).validate_python(read_json(path, _MOST_CHECKSUMS))
     except ValidationError as error:
         raise IntegrityError(f"{path} is malformed: {error.errors()[0]['msg']}") from None
 
@@ -166,11 +168,12 @@ def open_checkpoint(
                     "incomplete, fetch it again",
                     path,
                 )
-            if checksums is None:  # no digest a tensor: then of the whole file
-                manifests.check_file(path, entry)
             paths.append(path)
         checkpoint = Checkpoint(paths, axis_map, checksums, partly)
         checkpoint.check(axis_map.sizes(anchor.shape), parse_dtype(anchor.dtype))
+        if checksums is None:  # no digest a tensor: then of the whole files, whose headers were found right first
+            for name, path in zip(names, paths, strict=True):
+                manifests.check_file(path, anchor.files[name])
     except IntegrityError as error:
         place.forget(error.path)
         raise IntegrityError(f"anchor {anchor.name!r}: {error}", error.path) from None

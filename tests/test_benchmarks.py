@@ -1,0 +1,214 @@
+"""The benchmarks run (at toy scale), their tables say what their figures say, and a page that does not is found."""
+
+import importlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``script(name)`` imports a benchmark as its neighbours do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def run(name: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / f"{name}.py", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def copied(folder: Path) -> Path:
+    """What the check reads of a checkout."""
+    (folder / ".ci").mkdir()
+    for name in ("README.md", ".ci/readme_table.py"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "docs", folder / "docs")
+    return folder
+
+
+def change(path: Path, *keys: Any, by: float) -> None:
+    """Adds to one figure of a JSON file; a key that is not there stands for the first that ends like it."""
+    place = json.loads(path.read_text())
+    whole = place
+    for key in keys[:-1]:
+        found = isinstance(place, list) or key in place
+        place = place[key if found else next(name for name in place if name.endswith(key))]
+    place[keys[-1]] += by
+    path.write_text(json.dumps(whole))
+
+
+# -- figures and text -------------------------------------------------------------------------------------------------
+
+
+def test_text_and_figures_of_the_checkout_agree(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("results").main(["--check"]) == 0, capsys.readouterr().out
+
+
+CHANGES: dict[str, tuple[tuple[Any, ...], float, set[str]]] = {
+    "quickstart": (("targets", 0, "prune"), 1, {"docs/results.md", "README.md"}),
+    "smollm2": ((" interpolate", "in domain", 0), 1, {"docs/results.md", "docs/results/smollm2.md"}),
+    "rules": (("own_weight", 0, "1 - alpha^2 (ours)"), 1, {"docs/results.md", "docs/results/rules.md"}),
+    "align": (("pairs", "GPT-2, narrower", "loss", "masked averaging, aligned", "0.25"), 1, {"docs/results.md"}),
+    "losses": (("rows", 0, "time_against_plain"), 1, {"docs/results.md"}),
+    "train": (("student",), 10**7, {"docs/results.md", "docs/results/train.md", "docs/scaling.md"}),
+    "speed": (("rows", 0, "bytes_made"), 10**12, {"docs/results.md", "docs/results/speed.md"}),
+    "growth": (
+        ("from_chain", -1, "parameters"),
+        10**9,
+        {"docs/results.md", "docs/results/growth.md", "docs/scaling.md"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_figure_is_found_wherever_it_stands(script: Any, tmp_path: Path, name: str) -> None:
+    keys, by, named = CHANGES[name]
+    root = copied(tmp_path)
+    (root / "docs" / "results" / "quality.json").unlink(missing_ok=True)  # drawn anew at every check
+    before = set(script("results").differences(root))
+    change(root / "docs" / "results" / f"{name}.json", *keys, by=by)
+    found = set(script("results").differences(root)) - before
+    assert {line.split(":")[0] for line in found} >= named
+
+
+def test_a_changed_text_is_found_and_the_status_says_so(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copied(tmp_path)
+    (root / "docs" / "results" / "quality.json").unlink(missing_ok=True)
+    loss = json.loads((root / "docs" / "results" / "quickstart.json").read_text())["targets"][0]["interpolate"]
+    cell = f"{loss:.3f} ({math.exp(loss):.1f})"
+    for name in ("README.md", "docs/results.md"):
+        text = (root / name).read_text()
+        assert cell in text
+        (root / name).write_text(text.replace(cell, "0.001 (1.0)"))
+    assert script("results").main(["--check", "--root", str(root)]) == 1
+    printed = capsys.readouterr().out
+    assert "README.md: has no line" in printed
+    assert "docs/results.md:" in printed and "0.001 (1.0)" in printed
+    assert script("results").main(["--root", str(root)]) == 0
+    assert not [line for line in script("results").differences(root) if line.startswith("docs/results.md")]
+
+
+def test_files_that_are_not_there_are_passed_over(script: Any, tmp_path: Path) -> None:
+    root = copied(tmp_path)
+    for path in (root / "docs" / "results").iterdir():
+        if path.name != "quickstart.json":
+            path.unlink()
+    assert script("results").main(["--root", str(root)]) == 0
+    assert script("results").differences(root) == []
+    page = (root / "docs" / "results.md").read_text()
+    assert "## Quickstart" in page and "SmolLM2" not in page
+
+
+def test_rows_that_were_lost_are_named(script: Any) -> None:
+    row = {"num_parameters": 1000, "interpolate": 3.0, "prune": 2.9, "paper": 3.1, "small anchor": 3.0}
+    lost = script("results").quickstart({"targets": [row]}, ROOT)[1]
+    assert lost == [("quickstart", "1,000", "3.000", "prune", "2.900")]
+    rows = [{"vocabulary": 10, "peak_against_plain": 0.25, "time_against_plain": 1.2}]
+    way = {"peak_bytes": 1, "seconds": 1.0}
+    rows[0] |= {"batch": 1, "length": 1, "plain": way, "chunked": way}  # type: ignore[dict-item]
+    lost = script("results").losses({"rows": rows}, ROOT)[1]
+    assert lost == [("chunked loss", "vocabulary 10", "1.20", "goal: time_against_plain", "1.1")]
+
+
+# -- speed ------------------------------------------------------------------------------------------------------------
+
+
+def speed_row(cache: str, **ways: tuple[float, float, float]) -> dict[str, Any]:
+    """A row whose ways took (CPU seconds, wall seconds, peak bytes)."""
+    names = {"ours": "from_chain", "saved": "from_chain + save", "hand": "by hand"}
+    runs = {names.get(k, k): [{"cpu": c, "wall": w, "peak": p, "cached": 1.0}] for k, (c, w, p) in ways.items()}
+    return {"cache": cache, "runs": runs, "bytes_made": 4.0, "largest_pair": 1.0}
+
+
+def test_goals_are_met_at_their_bounds_and_missed_beyond(script: Any) -> None:
+    goals = script("speed_tables").goals
+    kept = {"hand": (2.0, 9.0, 10.0), "mergekit": (3.0, 1.0, 1.0)}
+    row = speed_row("warm", ours=(1.0, 9.0, 6.0), saved=(3.0, 9.0, 6.0), copy=(1.0 / 1.5, 1.0, 1.0), **kept)
+    found = goals(row)
+    assert [met for _, met in found.values()] == [True] * 5
+    assert found["by hand / time"][0] == 2.0 and found["peak / by hand"][0] == 0.6
+    row = speed_row("warm", ours=(1.01, 1.0, 6.1), saved=(3.1, 0.1, 6.1), copy=(1.0 / 1.5, 9.0, 1.0), **kept)
+    assert [met for _, met in goals(row).values()] == [False] * 5
+    row = speed_row("cold", ours=(1.01, 1.0, 6.0), copy=(0.1, 0.1, 1.0), **kept)
+    assert {name: met for name, (_, met) in goals(row).items()} == {
+        "time / copy": None,  # counts where the files are in the page cache
+        "by hand / time": True,  # wall time decides where they are not
+        "peak / by hand": True,
+        "peak / allowed": True,
+    }
+
+
+def test_speed_writes_its_figures_and_tables(script: Any, tmp_path: Path) -> None:
+    run("speed", "--quick", "--mergekit", str(tmp_path), "--output", str(tmp_path), "--note", "A note.")
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert result["note"] == "A note." and result["machine"] and result["versions"]["torch"]
+    assert [row["cache"] for row in result["rows"]] == ["warm", "cold"]
+    for row in result["rows"]:
+        assert row["failed"] == {"mergekit": "it was not installed"}
+        assert set(row["runs"]) == {"from_chain", "from_chain + save", "by hand", "copy"}
+        assert row["files"] > 2 and row["bytes_made"] == 4 * row["parameters"] < row["bytes_read"]
+        for runs in row["runs"].values():
+            assert all(run["wall"] > 0 and run["cpu"] >= 0 and run["peak"] >= 0 for run in runs)
+    text = (tmp_path / "speed.md").read_text()
+    assert text == script("speed_tables").markdown(result)
+    assert "A note." in text and "pass" in text + "FAIL" and "it was not installed" in text
+
+
+def test_the_copy_bound_reads_every_byte_that_is_planned_and_no_other(script: Any, tmp_path: Path) -> None:
+    import torch
+
+    speed, chains = script("speed"), script("random_chain")
+    chains.make_chain(tmp_path / "chain", chains.SHAPES["toy"], torch.float32, "100kB")
+    case = speed.case_of(tmp_path)
+    read = b"".join(path.read_bytes()[start:stop] for path, start, stop in case.runs)
+    assert speed.copy(case).numpy().tobytes() == read[: case.target_bytes]
+    model = speed.run_way("from_chain", case)
+    assert model.num_parameters() == case.target == case.target_bytes // 4
+    assert speed.by_hand(case).num_parameters() > case.target
+
+
+# -- growth -----------------------------------------------------------------------------------------------------------
+
+
+def test_exponents_and_the_cost_of_an_anchor_are_recovered(script: Any) -> None:
+    growth = script("growth")
+    rows = [{"parameters": n, "runs": [{"cpu": 3 * n**0.8, "peak": 2.0 * n}]} for n in (10, 100, 10_000)]
+    assert growth.slope(rows, "cpu") == pytest.approx(0.8)
+    assert growth.slope(rows, "peak") == pytest.approx(1)
+    builds = [{"anchors": n, "runs": [{"cpu": 5 + 2 * n}, {"cpu": 900}, {"cpu": 0}]} for n in (1, 2, 6)]
+    assert growth.line(builds) == pytest.approx((5, 2, 0))
+
+
+def test_growth_writes_its_figures_tables_and_picture(script: Any, tmp_path: Path) -> None:
+    run("growth", "--quick", "--output", str(tmp_path))
+    result = json.loads((tmp_path / "growth.json").read_text())
+    assert [row["anchors"] for row in result["builds"]] == [1, 2]
+    small, large = (row["parameters"] for row in result["from_chain"])
+    assert small < large
+    assert (tmp_path / "growth.md").read_text() == script("growth").markdown(result)
+    assert f"| {large:,} |" in (tmp_path / "growth.md").read_text()
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
