@@ -4,7 +4,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 DEPENDENCIES := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help quickstart test test-all quality format bench docs clean distclean
+.PHONY: help quickstart test test-all quality format docs clean distclean
+.PHONY: bench bench-quality bench-speed bench-train bench-rules bench-results bench-check
 
 help:
 	@echo "quickstart  build a small chain from real text and make models of sizes in between"
@@ -12,7 +13,8 @@ help:
 	@echo "test-all    every test"
 	@echo "quality     format, lint, types, documentation coverage"
 	@echo "format      let ruff format and mend what it can"
-	@echo "bench       the benchmarks, one after another"
+	@echo "bench       the benchmarks, one after another (hours); bench-quality, -speed, -train, -rules: some of them"
+	@echo "bench-check whether docs and README say what the figures in docs/results say"
 	@echo "docs        check the links of README.md and docs/"
 	@echo "clean       remove caches and outputs (distclean: .venv as well)"
 
@@ -51,8 +53,29 @@ format: $(VENV)/.installed-dev
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(VENV)/.installed-test
-	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(RUN) "$$script"; done
+# Each writes its figures, tables and plots into docs/results; bench-results makes docs/results.md of them.
+bench-quality: $(VENV)/.installed-test
+	$(RUN) benchmarks/quality.py
+
+bench-speed: $(VENV)/.installed-test
+	$(RUN) benchmarks/speed.py
+	$(RUN) benchmarks/growth.py
+
+bench-train: $(VENV)/.installed-test
+	$(RUN) benchmarks/losses.py
+	$(RUN) benchmarks/train.py
+
+bench-rules: $(VENV)/.installed-test
+	$(RUN) benchmarks/rules.py
+	$(RUN) benchmarks/align.py
+
+bench: bench-train bench-speed bench-rules bench-quality bench-results
+
+bench-results: $(VENV)/.installed-test
+	$(RUN) benchmarks/results.py
+
+bench-check: $(VENV)/.installed-test
+	$(RUN) benchmarks/results.py --check
 
 docs:
 	$(PYTHON) .ci/check_links.py README.md CONTRIBUTING.md CHANGELOG.md docs examples

@@ -39,6 +39,7 @@ from cbd_hub.sizing import solve
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
+VARIANTS = ("own units at weight 1", "even spread", "even spread, weight 1")
 POSITIONS = (0.25, 0.5, 0.75)
 BLOCKS = 32
 OTHER = ROOT / "examples" / "data" / "sotu"
@@ -109,8 +110,8 @@ def blend(plan: Plan, bench: Bench, large: PreTrainedModel, small: PreTrainedMod
     return build_model(target_config(large.config, bench.map, plan), state, torch.float32)
 
 
-def measure_methods(bench: Bench) -> None:
-    """Every method at three sizes between every two neighbours."""
+def measure_methods(bench: Bench, variants: bool = False) -> None:
+    """Every method at three sizes between every two neighbours; or the variants of the rule."""
     chain, anchors = bench.chain, bench.chain.manifest.anchors
     for entry in chain.anchors:
         bench.keep(f"anchor {entry.name}", lambda e=entry: bench.losses(e.load(), *bench.blocks))
@@ -139,6 +140,8 @@ def measure_methods(bench: Bench) -> None:
                 ),
             }
             for name, make in ways.items():
+                if variants is not (name in VARIANTS):
+                    continue
                 domains = bench.blocks if name in ("interpolate", "prune", "prune + refit") else ("in domain",)
                 bench.keep(f"{plan.num_parameters} {name}", lambda m=make, d=domains: bench.losses(m(), *d))
             bench.keep(f"{plan.num_parameters} plan", lambda p=plan, lo=small, hi=large: facts(p, lo.name, hi.name))
@@ -232,7 +235,7 @@ def write(bench: Bench) -> None:
     anchors = {a.name: a for a in manifest.anchors}
     loss = {name: mean(found[f"anchor {name}"]) for name in anchors}
     names = ["interpolate", "refine", "prune", "prune + refit", "expand", "paper"]
-    more = ["own units at weight 1", "even spread", "even spread, weight 1"]
+    more = list(VARIANTS)
     lines = ["## Anchors", ""]
     lines.append("| anchor | parameters | tokens | cut | refitted | distilled | held-out | other domain |")
     lines.append("|---|---|---|---|---|---|---|---|")
@@ -306,10 +309,16 @@ def main() -> None:
     parser.add_argument("chain", type=Path)
     parser.add_argument("--recipe", type=Path, default=ROOT / "examples" / "recipes" / "smollm2-135m.yaml")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--only", choices=("methods", "controls", "refine", "table"), nargs="*")
+    parser.add_argument("--only", choices=("methods", "controls", "refine", "variants", "table"), nargs="*")
     options = parser.parse_args()
     bench = Bench(options.chain, options.recipe, options.results)
-    for name, measure in (("methods", measure_methods), ("controls", measure_controls), ("refine", measure_refine)):
+    parts: dict[str, Callable[[Bench], None]] = {
+        "methods": measure_methods,
+        "refine": measure_refine,
+        "controls": measure_controls,
+        "variants": lambda bench: measure_methods(bench, variants=True),
+    }
+    for name, measure in parts.items():
         if options.only is None or name in options.only:
             measure(bench)
     write(bench)

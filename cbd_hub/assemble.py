@@ -189,7 +189,8 @@ class Chain:
         """
         place, axis_map = anchor_place(self.location, anchor), self.manifest.resolved_axis_map
         path = checked_file(place, "config.json", anchor.files["config.json"])
-        config = read_config(path, self.manifest.architecture, axis_map, anchor.shape)
+        what = f"config.json of anchor {anchor.name!r}"
+        config = read_config(path, what, self.manifest.architecture, axis_map, anchor.shape)
         if config.model_type in AXIS_MAPS:
             known = axis_map_for(config)
             if replace(known, free=()) != replace(axis_map, free=()):

@@ -55,7 +55,7 @@ def evaluate_on_text(
     documents = load_documents(
         DataConfig(text_files=[str(Path(t).absolute()) for t in text], sequence_length=sequence_length)
     )
-    tokenizer, models = _open(model, revision, token, cache_dir, local_files_only)
+    tokenizer, models = _open(model, revision, token, cache_dir, local_files_only, progress)
     blocks = pack(documents, tokenizer, sequence_length)
     rows = []
     for name, loaded in models:
@@ -100,7 +100,7 @@ def evaluate_on_tasks(
         ChainNotFoundError: There is no such model or chain.
     """
     read_items(tasks, items)  # so that a slip costs no download
-    tokenizer, models = _open(model, revision, token, cache_dir, local_files_only)
+    tokenizer, models = _open(model, revision, token, cache_dir, local_files_only, progress)
     rows = []
     for name, loaded in models:
         measured = evaluate_tasks(loaded, tokenizer, tasks, items, limit, batch_size=batch_size, progress=progress)
@@ -109,7 +109,12 @@ def evaluate_on_tasks(
 
 
 def _open(
-    model: str, revision: str | None, token: str | bool | None, cache_dir: str | None, local_files_only: bool
+    model: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | None,
+    local_files_only: bool,
+    progress: bool,
 ) -> tuple[Tokenizer, Iterator[tuple[str, PreTrainedModel]]]:
     """The tokenizer of a model or chain, and the model, or the anchors one after another, by name."""
     where: dict[str, Any] = {
@@ -125,7 +130,8 @@ def _open(
             if Path(model).exists():
                 raise
         else:
-            return chain.tokenizer, ((anchor.name, anchor.load()) for anchor in chain.anchors)
+            plans = {anchor.name: chain.plan(shape=anchor.shape) for anchor in chain.anchors}
+            return chain.tokenizer, ((n, chain.initialize(plan, progress=progress)) for n, plan in plans.items())
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **where)
         loaded = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, **where)

@@ -37,7 +37,8 @@ class CbdError(Exception):
     def __init__(self, message: str = "") -> None:
         text = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in str(message))
         text = re.sub(r" {2,}", " ", text).strip()
-        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 40]} ... ({len(text)} characters)")
+        half = _LONGEST // 2
+        super().__init__(text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}")
 
 
 class AxisMapError(CbdError, ValueError):

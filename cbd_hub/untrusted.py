@@ -43,11 +43,14 @@ def guarded(what: str, work: Callable[[], T]) -> T:
         raise ManifestError(f"{what} cannot be used: {type(error).__name__}: {error}") from error
 
 
-def read_config(path: Path, architecture: str, axis_map: AxisMap, shape: Mapping[str, int]) -> PreTrainedConfig:
+def read_config(
+    path: Path, what: str, architecture: str, axis_map: AxisMap, shape: Mapping[str, int]
+) -> PreTrainedConfig:
     """Reads an anchor's ``config.json``; sizes are compared before transformers makes lists of their length.
 
     Args:
         path: The file, already checked against the manifest's hash.
+        what: How errors call it.
         architecture: ``model_type`` that the manifest names.
         axis_map: The resolved map of the family.
         shape: What the manifest says.
@@ -59,25 +62,23 @@ def read_config(path: Path, architecture: str, axis_map: AxisMap, shape: Mapping
     values = read_json(path, 1 << 22)
     if values.get("model_type") != architecture or architecture not in CONFIG_MAPPING:
         raise ManifestError(
-            f"{path} is of the family {values.get('model_type')!r}; the manifest says {architecture!r}"
+            f"{what} is of the family {values.get('model_type')!r}; the manifest says {architecture!r}"
             + ("" if architecture in CONFIG_MAPPING else ", which this transformers does not know")
         )
     if refused := [name for name in _REFUSED if values.get(name)]:
-        raise ManifestError(f"{path} has {refused[0]!r}, which no anchor may have: its weights are plain floats")
+        raise ManifestError(f"{what} has {refused[0]!r}, which no anchor may have: its weights are plain floats")
     for name, value in values.items():
         if isinstance(value, list | dict) and len(value) > _MOST_ENTRIES:
-            raise ManifestError(f"{path}: {name!r} has {len(value)} entries; at most {_MOST_ENTRIES} are read")
+            raise ManifestError(f"{what}: {name!r} has {len(value)} entries; at most {_MOST_ENTRIES} are read")
         if _COUNTS.fullmatch(name) and isinstance(value, int) and value > _MOST_ENTRIES:
-            raise ManifestError(f"{path}: {name!r} is {value}; at most {_MOST_ENTRIES} are allowed")
+            raise ManifestError(f"{what}: {name!r} is {value}; at most {_MOST_ENTRIES} are allowed")
         if name in axis_map.fields and value is not None and name in shape and value != shape[name]:
-            raise ManifestError(f"{path}: {name!r} is {value!r}, which contradicts the shape in the manifest")
+            raise ManifestError(f"{what}: {name!r} is {value!r}, which contradicts the shape in the manifest")
     known = {name: value for name, value in values.items() if name not in _UNWANTED and not name.startswith("_")}
     known = {name: value for name, value in known.items() if not callable(getattr(PreTrainedConfig, name, None))}
-    config: PreTrainedConfig = guarded(str(path), lambda: CONFIG_MAPPING[architecture].from_dict(known))
-    if config.model_type != architecture or guarded(str(path), lambda: axis_map.sizes(config)) != axis_map.sizes(
-        shape
-    ):
-        raise ManifestError(f"{path} contradicts the shape in the manifest")
+    config: PreTrainedConfig = guarded(what, lambda: CONFIG_MAPPING[architecture].from_dict(known))
+    if config.model_type != architecture or guarded(what, lambda: axis_map.sizes(config)) != axis_map.sizes(shape):
+        raise ManifestError(f"{what} contradicts the shape in the manifest")
     return config
 
 

@@ -85,6 +85,8 @@ CHANGES: dict[str, tuple[tuple[Any, ...], float, set[str]]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_figure_is_found_wherever_it_stands(script: Any, tmp_path: Path, name: str) -> None:
     keys, by, named = CHANGES[name]
+    if not (ROOT / "docs" / "results" / f"{name}.json").is_file():
+        pytest.skip(f"{name}.py was not run here")
     root = copied(tmp_path)
     (root / "docs" / "results" / "quality.json").unlink(missing_ok=True)  # drawn anew at every check
     before = set(script("results").differences(root))

@@ -106,6 +106,7 @@ def test_a_recipe_may_publish_what_it_builds(tmp_path: Path) -> None:
         env = hub.environment(tmp_path / "home", "hf_maker")
         subprocess.run([*command, str(tmp_path / "chain")], env=env, check=True, capture_output=True)
         assert len(hub.repos) == 3
+        assert "maker/cut" not in (tmp_path / "chain" / "chain.json").read_text()  # where it went is no part of it
         assert all(repository.private for repository in hub.repos.values())
         assert "license: mit" in hub.files("maker/cut")["README.md"].decode()
         # Without permission the chain is there all the same, and the error says so in one line.

@@ -381,7 +381,7 @@ def requests_of_a_push(hub: HubServer, client: Client, folder: Path) -> int:
 @pytest.mark.parametrize(
     ("first", "after"),
     [
-        pytest.param(True, False, id="first-before"),
+        pytest.param(True, False, id="first-before", marks=pytest.mark.slow),
         pytest.param(True, True, id="first-after", marks=pytest.mark.slow),
         pytest.param(False, False, id="again-before", marks=pytest.mark.slow),
         pytest.param(False, True, id="again-after"),

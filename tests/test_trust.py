@@ -378,12 +378,12 @@ class Sandbox:
             self.process = subprocess.Popen(
                 self.arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=self.env
             )
-            assert self._line(self.process, 120) == b"ready\n"
+            assert self._line(self.process, 250) == b"ready\n"
         job = {"do": do, "folder": str(folder), "size": size, "options": options}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(job).encode() + b"\ny\n")
         self.process.stdin.flush()
-        line = self._line(self.process, 60)
+        line = self._line(self.process, 120)
         if not line:
             status = self.process.poll() if line is None else self.process.wait()
             self.stop()
@@ -1575,6 +1575,7 @@ COLUMNS = ("manifest", "plan", "weights", "same", "other", "failed")
 """Where a case was refused, or what model it gave."""
 
 
+@pytest.mark.timeout(900)  # a minute of processor time, on a machine that may be busy
 @pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("variant", COUNTS)
 def test_whatever_is_altered_is_refused_or_harmless(
