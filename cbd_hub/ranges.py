@@ -60,8 +60,11 @@ def _row_runs(rows: np.ndarray | None, shape: Sequence[int], item_bytes: int) ->
     size = shape[0] * row
     if rows is None:
         return [(0, size)]
-    first, last = np.unique(rows) * row // BLOCK, (np.unique(rows) * row + row - 1) // BLOCK
-    return merge((int(a) * BLOCK, min((int(b) + 1) * BLOCK, size)) for a, b in zip(first, last, strict=True))
+    ordered = np.unique(rows)
+    first, last = ordered * row // BLOCK, (ordered * row + row - 1) // BLOCK
+    gaps = np.flatnonzero(first[1:] > last[:-1] + 1)
+    starts, stops = first[np.r_[0, gaps + 1]], last[np.r_[gaps, len(last) - 1]]
+    return [(int(a) * BLOCK, min((int(b) + 1) * BLOCK, size)) for a, b in zip(starts, stops, strict=True)]
 
 
 def needed_runs(

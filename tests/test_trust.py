@@ -958,10 +958,15 @@ def test_a_header_is_checked_before_anything_else_of_its_file(sandbox: Sandbox, 
         problems[f"a header of {length} bytes in a terabyte"] = sandbox.ask(chain, size).problem
     edit_manifest(chain, "checksums", value=None)
     problems["a terabyte without digests"] = sandbox.ask(chain, size).problem
+    path.write_bytes(joined(b"[" + b"[]," * 33_000_000 + b"[]]", b""))  # two gigabytes of lists
+    edit_manifest(chain, "anchors", 0, "files", "model.safetensors", "size", value=path.stat().st_size)
+    problems["a header of 99 megabytes"] = sandbox.ask(chain, size).problem
     assert_none(problems)
 
 
-@pytest.mark.parametrize("what", ["dimensions", "factors", "stored dimensions", "tensors of many layers", "axes"])
+@pytest.mark.parametrize(
+    "what", ["dimensions", "factors", "stored dimensions", "tensors of many layers", "9 more axes", "40 more axes"]
+)
 def test_small_files_that_ask_for_endless_work_are_refused(sandbox: Sandbox, chain: Path, what: str) -> None:
     """Kilobytes (the first three: megabytes) that would keep a trusting reader busy for minutes to years."""
     size, manifest = between(chain), manifest_of(chain)
@@ -981,8 +986,8 @@ def test_small_files_that_ask_for_endless_work_are_refused(sandbox: Sandbox, cha
         read = AxisMap.from_dict(axis_map)
         anchors[0]["num_parameters"] = size = count_parameters(read, read.sizes(anchors[0]["shape"]))
         manifest |= {"anchors": anchors[:1], "index_maps": None}
-    else:  # that all differ, so that every combination could be tried: three values of forty axes
-        names = [f"x{i}" for i in range(40)]
+    else:  # that all differ, so that every combination could be tried, of three values an axis
+        names = [f"x{i}" for i in range(int(what.split()[0]))]
         axis_map["tensors"] |= {name: name for name in names}
         axis_map["fields"] |= {f"num_{name}": name for name in names}
         read = AxisMap.from_dict(axis_map)
