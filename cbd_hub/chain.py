@@ -63,7 +63,7 @@ _MOST_BYTES = 1 << 24
 _MOST_LAYERS = 1_000
 _MOST_TENSORS = 256
 """Lines of an axis map."""
-_MOST_AXES = 16
+_MOST_AXES = 12
 _LONGEST_TEXT = 256
 _MOST_ROWS = 1 << 24
 """Of a stored dimension."""

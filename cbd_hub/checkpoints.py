@@ -47,7 +47,7 @@ BLOCK = 1 << 19
 Digest = str | list[str]
 """Of a tensor: one string where it is no larger than a block, otherwise one a block."""
 
-_MAX_HEADER = 100_000_000
+_MAX_HEADER = 1 << 24
 _MOST_DIMENSIONS = 8
 _INDEX = "model.safetensors.index.json"
 
