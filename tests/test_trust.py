@@ -1575,7 +1575,7 @@ def little_memory() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-COUNTS = {"llama": 1400, "smollm3-nope-sliding": 700}
+COUNTS = {"llama": 1500, "smollm3-nope-sliding": 750}
 """Cases of each family; the second one has lists of one entry a layer in its configs."""
 
 COLUMNS = ("manifest", "plan", "weights", "same", "other", "failed")
@@ -1637,4 +1637,4 @@ def assert_every_stage_was_reached(table: dict[tuple[str, bool], Counter[str]], 
         assert kept["other"] == 0
         if kind != "generation config":  # which `expand` and the second pair do not read
             assert kept["plan"] + kept["weights"] >= 0.9 * kept.total(), (kind, kept)
-        assert forged["same"] + forged["other"] >= 0.1 * forged.total(), (kind, forged)
+        assert forged["same"] + forged["other"] >= 0.05 * forged.total(), (kind, forged)
