@@ -133,8 +133,8 @@ def _open(
             plans = {anchor.name: chain.plan(shape=anchor.shape) for anchor in chain.anchors}
             return chain.tokenizer, ((n, chain.initialize(plan, progress=progress)) for n, plan in plans.items())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, **where)
-        loaded = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, **where)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, **where)
+        loaded = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, trust_remote_code=False, **where)
     except (OSError, ValueError) as error:
         raise ChainNotFoundError(f"{model!r} is neither a chain nor a model that can be loaded: {error}") from error
     return tokenizer, iter([(model, loaded)])

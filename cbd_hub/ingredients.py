@@ -140,7 +140,11 @@ class Ingredients:
         """
         try:
             return AutoModelForCausalLM.from_pretrained(
-                self._local(place), revision=revision, dtype=torch.float32, use_safetensors=True
+                self._local(place),
+                revision=revision,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
             ).eval()
         except (OSError, ValueError) as error:
             raise RecipeError(f"the model {place!r} cannot be loaded: {error}") from error
@@ -152,7 +156,7 @@ class Ingredients:
             RecipeError: It cannot be loaded.
         """
         try:
-            return AutoConfig.from_pretrained(self._local(place), revision=revision)
+            return AutoConfig.from_pretrained(self._local(place), revision=revision, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise RecipeError(f"the config of {place!r} cannot be loaded: {error}") from error
 
@@ -195,7 +199,7 @@ def _load_tokenizer(place: str, revision: str | None = None) -> Tokenizer | None
     if folder.is_dir() and not any("token" in p.name or "vocab" in p.name for p in folder.iterdir()):
         return None
     try:
-        found: Tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+        found: Tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RecipeError(f"the tokenizer of {place!r} cannot be loaded: {error}") from error
     return found if len(found) > len(found.all_special_ids) else None
