@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,12 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm
 
+from cbd_hub.chain import file_entry
 from cbd_hub.errors import CbdError, ChainNotFoundError, IntegrityError, PublishError
 from cbd_hub.partial_files import PartialFile
 from cbd_hub.ranges import Run, count_bytes
 
-__all__ = ["LIBRARY", "Location", "NoRangesError", "clear_errors", "has_hash"]
+__all__ = ["LIBRARY", "Location", "NoRangesError", "RangedFile", "clear_errors", "has_hash"]
 
 LIBRARY: dict[str, Any] = {"library_name": "cbd_hub", "library_version": version("cbd_hub")}
 """Told to the Hub, which counts downloads by library."""
@@ -121,19 +122,16 @@ def clear_errors(repo_id: str, what: str, revision: str | None = None, *, writin
 def has_hash(content: Path | bytes, name: str) -> bool:
     """Whether content has the hash that the Hub knows it by: SHA-256 (64 digits) or git's blob hash (40).
 
-    A name that is neither says nothing, and is true of everything.
+    A name that is neither says nothing, and is true of everything. Cost: reads the content once.
     """
     if not _HASH.fullmatch(name):
         return True
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    digest = hashlib.sha256() if len(name) == 64 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    if isinstance(content, bytes):
-        digest.update(content)
-    else:
-        with content.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest() == name
+    if len(name) == 64 and isinstance(content, Path):
+        return file_entry(content).sha256 == name
+    data = content if isinstance(content, bytes) else content.read_bytes()  # what git keeps itself is small
+    if len(name) == 64:
+        return hashlib.sha256(data).hexdigest() == name
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == name
 
 
 def _first_line(error: Exception) -> str:
@@ -221,76 +219,28 @@ class Location:
             found = try_to_load_from_cache(self.place, self._inner(name), self.cache_dir, self.revision)
         return Path(found) if isinstance(found, str) else None
 
-    def fetch_runs(
-        self,
-        name: str,
-        size: int,
-        sha256: str,
-        wanted: Iterable[Run],
-        *,
-        progress: bool = True,
-        start_over: bool = False,
-    ) -> Path:
-        """Returns the path of a file of the right size in which at least ``wanted`` is real; holes read as zeros.
+    def ranged(self, name: str, size: int, sha256: str) -> "RangedFile":
+        """Returns a file of a repository, at a pinned commit, of which byte ranges are to be fetched.
 
         Args:
-            name: The file, in a repository at a pinned commit.
+            name: The file.
             size: Its size in bytes, as the manifest says.
-            sha256: Its SHA-256, as the manifest says; compared with the Hub's where the Hub states one.
-            wanted: Byte ranges. What an earlier call fetched is not fetched again; nothing missing is no request.
-            progress: Show a progress bar (HF_HUB_DISABLE_PROGRESS_BARS is obeyed).
-            start_over: Forget what earlier calls fetched.
-
-        Cost: one HEAD, then requests of at most 8 MiB, eight at a time, each retried (429, 5xx, a broken connection).
-
-        Raises:
-            ChainNotFoundError: As for :meth:`file`.
-            IntegrityError: The Hub's file is not the one that the manifest names.
-            NoRangesError: The server sends whole files only.
+            sha256: Its SHA-256, as the manifest says.
         """
-        filename = self._inner(name)
-        kept = self._partial(filename, size)
-        if start_over:
-            kept.discard()
-        missing = kept.missing(wanted)
-        if not missing:
-            return kept.path
-        with clear_errors(self.place, filename, self.revision):
-            if self.local_files_only or constants.HF_HUB_OFFLINE:
-                raise LocalEntryNotFoundError("not cached")
-            url = hf_hub_url(self.place, filename, revision=self.revision)
-            told = get_hf_file_metadata(url, token=self.token, retry_on_errors=True, **LIBRARY)
-            other = told.etag is not None and _SHA256.fullmatch(told.etag) and told.etag != sha256
-            if other or told.size != size:
-                raise IntegrityError(
-                    f"{filename} of {self.place} at revision {self.revision!r} is not the file that the manifest "
-                    f"names: it has {told.size} bytes and ETag {told.etag}, not {size} bytes and SHA-256 {sha256}"
-                )
-            headers = build_hf_headers(token=self.token, **LIBRARY)
-            if urlsplit(told.location).netloc != urlsplit(url).netloc:  # a signed address: the token stays here
-                headers.pop("authorization", None)
-            with tqdm(
-                total=count_bytes(missing),
-                desc=f"{name}, the rows needed",
-                unit="B",
-                unit_scale=True,
-                disable=not progress,
-            ) as bar:
-                kept.fill(missing, partial(_get_range, told.location, headers, size), bar.update)
-        return kept.path
-
-    def _partial(self, filename: str, size: int) -> PartialFile:
-        """Where byte ranges of a file are kept: among the Hub client's assets, by repository and commit."""
         # The one folder of a cache that the client's scan of it passes over.
         root = None if self.cache_dir is None else str(Path(self.cache_dir).expanduser() / ".locks" / "assets")
         folder = cached_assets_path("cbd_hub", "--".join(self.place.split("/")), str(self.revision), assets_dir=root)
-        return PartialFile(folder / filename.replace("/", "--"), size)
+        filename = self._inner(name)
+        kept = PartialFile(folder / filename.replace("/", "--"), size)
+        if self.force_download:
+            kept.discard()
+        return RangedFile(self, filename, sha256, kept)
 
     def forget(self, path: Path | None) -> None:
         """Drops a fetched copy that turned out to be damaged, so that the next call fetches it again.
 
         Args:
-            path: The file, as :meth:`file` or :meth:`fetch_runs` gave it; a file of a local folder stays.
+            path: The file, as :meth:`file` or :meth:`RangedFile.fetch` gave it; a file of a local folder stays.
         """
         if path is None or self.is_local:
             return
@@ -336,6 +286,65 @@ class Location:
     def elsewhere(self, repo_id: str, revision: str | None) -> "Location":
         """Returns another repository, asked in the same way (token, cache, offline)."""
         return replace(self, place=repo_id, revision=revision, subfolder="", pinned_elsewhere=True)
+
+
+@dataclass(frozen=True)
+class RangedFile:
+    """A file of which byte ranges are fetched and kept, beside the Hub cache; the Hub is asked about it once."""
+
+    location: Location
+    filename: str
+    sha256: str
+    kept: PartialFile
+
+    def fetch(self, wanted: Iterable[Run], *, progress: bool = True) -> Path:
+        """Returns the path of a file of the right size in which at least ``wanted`` is real; holes read as zeros.
+
+        Args:
+            wanted: Byte ranges. What an earlier call fetched is not fetched again; nothing missing is no request.
+            progress: Show a progress bar (HF_HUB_DISABLE_PROGRESS_BARS is obeyed).
+
+        Cost: one HEAD the first time, then requests of at most 8 MiB, eight at a time, each retried (429, 5xx, a
+            broken connection).
+
+        Raises:
+            ChainNotFoundError: As for :meth:`Location.file`.
+            IntegrityError: The Hub's file is not the one that the manifest names.
+            NoRangesError: The server sends whole files only.
+        """
+        missing = self.kept.missing(wanted)
+        if not missing:
+            return self.kept.path
+        with clear_errors(self.location.place, self.filename, self.location.revision):
+            url, headers = self._address
+            with tqdm(
+                total=count_bytes(missing),
+                desc=f"{self.filename}, the rows needed",
+                unit="B",
+                unit_scale=True,
+                disable=not progress,
+            ) as bar:
+                self.kept.fill(missing, partial(_get_range, url, headers, self.kept.size), bar.update)
+        return self.kept.path
+
+    @cached_property
+    def _address(self) -> tuple[str, dict[str, str]]:
+        """Where the bytes are, and the headers to ask with, once the Hub's file proved to be the manifest's."""
+        place, revision, size = self.location.place, self.location.revision, self.kept.size
+        if self.location.local_files_only or constants.HF_HUB_OFFLINE:
+            raise LocalEntryNotFoundError("not cached")
+        url = hf_hub_url(place, self.filename, revision=revision)
+        told = get_hf_file_metadata(url, token=self.location.token, retry_on_errors=True, **LIBRARY)
+        other = told.etag is not None and _SHA256.fullmatch(told.etag) and told.etag != self.sha256
+        if other or told.size != size:
+            raise IntegrityError(
+                f"{self.filename} of {place} at revision {revision!r} is not the file that the manifest names: it has "
+                f"{told.size} bytes and ETag {told.etag}, not {size} bytes and SHA-256 {self.sha256}"
+            )
+        headers = build_hf_headers(token=self.location.token, **LIBRARY)
+        if urlsplit(told.location).netloc != urlsplit(url).netloc:  # a signed address: the token stays here
+            headers.pop("authorization", None)
+        return told.location, headers
 
 
 def _get_range(url: str, headers: dict[str, str], size: int, start: int, stop: int) -> bytes:

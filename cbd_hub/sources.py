@@ -5,7 +5,7 @@ that a plan needs. Either way the headers are checked before a weight is read.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -201,23 +201,21 @@ def _fetch_needed(
 
     None where the server sends whole files only.
     """
-    fetch: Callable[..., Path] = place.fetch_runs
     try:
-        first = min(_HEADER, entry.size)
-        again = place.force_download
-        path = fetch(name, entry.size, entry.sha256, [(0, first)], progress=False, start_over=again)
-        with path.open("rb") as file:
-            length = 8 + int.from_bytes(file.read(8), "little")
+        file, first = place.ranged(name, entry.size, entry.sha256), min(_HEADER, entry.size)
+        path = file.fetch([(0, first)], progress=False)
+        with path.open("rb") as start:
+            length = 8 + int.from_bytes(start.read(8), "little")
         if first < length <= entry.size:
-            fetch(name, entry.size, entry.sha256, [(0, length)], progress=False)
+            file.fetch([(0, length)], progress=False)
         runs: list[Run] = []
         partly: dict[str, Sequence[Run]] = {}
         for key, info in read_header(path).items():
             parameter = axis_map.parameter_name(key)
             wanted = needed.get(parameter or "", ())
-            runs += [(info.start + start, min(info.start + stop, info.stop)) for start, stop in wanted]
+            runs += [(info.start + a, min(info.start + b, info.stop)) for a, b in wanted]
             if parameter is not None and count_bytes(wanted) < info.num_bytes:
                 partly[parameter] = wanted
-        return fetch(name, entry.size, entry.sha256, runs, progress=progress), partly
+        return file.fetch(runs, progress=progress), partly
     except NoRangesError:
         return None, {}

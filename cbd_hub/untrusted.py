@@ -39,7 +39,7 @@ def guarded(what: str, work: Callable[[], T]) -> T:
         return work()
     except CbdError:
         raise
-    except Exception as error:
+    except Exception as error:  # a foreign reader of foreign bytes: `tokenizers` raises plain Exception itself
         raise ManifestError(f"{what} cannot be used: {type(error).__name__}: {error}") from error
 
 

@@ -142,6 +142,7 @@ def test_half_of_a_model_takes_half_of_the_bytes(hub: HubServer, client: Client,
     assert plan.bytes_to_fetch <= sent <= plan.bytes_to_fetch + (1 << 17) + 20_000  # the header's part on top
     assert not [r for r in hub.requests if r.method == "GET" and r.path.endswith("model.safetensors") and not r.range]
     assert len([r for r in hub.requests if r.range]) <= 8  # merged
+    assert len([name for name in names(hub) if name.endswith("a0/model.safetensors")]) == 1  # asked about once
     hub.clear()  # the same again is no request; a little more is a little more
     commit = hub.commits("owner/large")[0].oid
     assert load(client, tmp_path / "cache", "owner/large", **options, revision=commit).value == digest(
