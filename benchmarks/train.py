@@ -23,19 +23,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from random_chain import SHAPES
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
-SMOLLM2 = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
+SMOLLM2 = {**SHAPES["135M"], "tie_word_embeddings": True}
 WAYS = {
     "AnchorTrainer": "CE + KL",
     "AnchorTrainer, hidden states": "CE + KL + hidden states",

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from cbd_hub import cards
 from cbd_hub import chain as manifests
-from cbd_hub.chain import Manifest
+from cbd_hub.chain import FileEntry, Manifest
 from cbd_hub.errors import ChainNotFoundError, PublishError
 from cbd_hub.hub import Location
 from cbd_hub.repository import Commit, Content, Repository, State, gather
@@ -94,7 +95,7 @@ def publish(
     Returns:
         What was uploaded, and where.
 
-    Cost: every file is hashed twice; only what differs from the Hub's is sent.
+    Cost: every file is hashed once, and once more by the client if it is sent; only what differs from the Hub's is.
 
     Raises:
         PublishError: No permission, a repository that holds something else, or a connection that broke.
@@ -104,7 +105,7 @@ def publish(
         manifest = manifest.model_copy(update={"license": license})
     target = Repository(repo_id, token, branch)
     names = _repository_names(manifest, target)
-    top = {name: checked_file(location, name, entry) for name, entry in manifest.top_files.items()}
+    top = {name: _checked(location, name, entry) for name, entry in manifest.top_files.items()}
     files = _gather_files(manifest, location, progress)
     state = _usable(target, private)
     repositories = {a.name: Repository(names[a.name], token, branch) for a in manifest.anchors if not a.repo_id}
@@ -114,31 +115,24 @@ def publish(
         for a in manifest.anchors
     ]
     planned = manifest.model_copy(update={"anchors": named})  # for the cards, which name neighbours
+    send = partial(_upload, private=private, create_pr=create_pr, dry_run=dry_run)
 
     commits, anchors = [], []
-    for anchor in tqdm(manifest.anchors, desc="publishing", unit="anchor", disable=not progress):
+    both = list(zip(manifest.anchors, named, strict=True))
+    for anchor, shown in tqdm(both, desc="publishing", unit="anchor", disable=not progress):
         if anchor.repo_id:
             commits.append(Commit(anchor.repo_id, anchor.revision or "", (), 0))
             anchors.append(anchor)
             continue
         repository = repositories[anchor.name]
-        shown = next(a for a in planned.anchors if a.name == anchor.name)
         edited = _edited_card(anchor_place(location, anchor))
         content: dict[str, Content] = {
-            **{name: path for name, path in top.items() if name in manifest.tokenizer},
+            **{name: top[name] for name in manifest.tokenizer},
             **files[anchor.name],
             CARD: edited or _text(cards.anchor_card(planned, shown, repository.repo_id, chain=repo_id)),
         }
-        commit = _upload(
-            repository,
-            content,
-            states[anchor.name],
-            f"Anchor {anchor.name} of the chain {repo_id}",
-            generated=edited is None,
-            private=private,
-            create_pr=create_pr,
-            dry_run=dry_run,
-        )
+        title = f"Anchor {anchor.name} of the chain {repo_id}"
+        commit = send(repository, content, states[anchor.name], title, generated=edited is None)
         commits.append(commit)
         update = {"repo_id": repository.repo_id, "revision": commit.sha or "0" * 40, "subfolder": None}
         anchors.append(anchor.model_copy(update=update))
@@ -147,20 +141,11 @@ def publish(
     edited = _edited_card(location)
     content = {
         **top,
-        **({cards.CURVE_PICTURE: picture} if picture else {}),
+        **({cards.CURVE_PICTURE: Content(picture)} if picture else {}),
         CARD: edited or _text(cards.chain_card(pinned, repo_id, folder=picture.parent if picture else None)),
-        manifests.MANIFEST_NAME: manifests.manifest_text(pinned).encode(),
+        manifests.MANIFEST_NAME: Content(manifests.manifest_text(pinned).encode()),
     }
-    commit = _upload(
-        target,
-        content,
-        state,
-        f"Chain {manifest.name}: {len(anchors)} anchors",
-        generated=edited is None,
-        private=private,
-        create_pr=create_pr,
-        dry_run=dry_run,
-    )
+    commit = send(target, content, state, f"Chain {manifest.name}: {len(anchors)} anchors", generated=edited is None)
     url = None
     if collection and not dry_run:
         members = [repo_id, *(c.repo_id for c in commits)]
@@ -180,16 +165,21 @@ def publish_folder(
     """
     repository = Repository(repo_id, token)
     state = _usable(repository, private)
-    files: dict[str, Content] = {p.name: p for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."}
+    files = {p.name: Content(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."}
     return _upload(repository, files, state, message, private=private)
 
 
-def _gather_files(manifest: Manifest, location: Location, progress: bool) -> dict[str, dict[str, Path]]:
+def _checked(place: Location, name: str, entry: FileEntry) -> Content:
+    """A file that is what the manifest says, which has its hash already."""
+    return Content(checked_file(place, name, entry), entry.sha256)
+
+
+def _gather_files(manifest: Manifest, location: Location, progress: bool) -> dict[str, dict[str, Content]]:
     """Every file of the anchors that are to be uploaded, checked against the manifest before anything is sent."""
     ours = [anchor for anchor in manifest.anchors if not anchor.repo_id]
     return {
         anchor.name: {
-            name: checked_file(anchor_place(location, anchor), name, entry) for name, entry in anchor.files.items()
+            name: _checked(anchor_place(location, anchor), name, entry) for name, entry in anchor.files.items()
         }
         for anchor in tqdm(ours, desc="checking files", unit="anchor", disable=not progress)
     }
@@ -240,7 +230,7 @@ def _upload(
     """One commit with what differs, and its tag."""
     if dry_run:
         changed = repository.differing(files, state)
-        size = sum(len(c) if isinstance(c, bytes) else c.stat().st_size for n, c in files.items() if n in changed)
+        size = sum(files[name].size for name in changed)
         return Commit(repository.repo_id, state.commit if state else "", tuple(changed), size)
     if state is None or repository.branch is not None:
         repository.create(private)
@@ -259,15 +249,12 @@ def _upload(
 
 
 def _fingerprint(files: Mapping[str, Content]) -> str:
-    digest = hashlib.sha256()
-    for name, content in sorted(files.items()):
-        data = content if isinstance(content, bytes) else manifests.file_entry(content).sha256.encode()
-        digest.update(f"{name}\0{hashlib.sha256(data).hexdigest()}\n".encode())
-    return digest.hexdigest()[:12]
+    named = "".join(f"{name}\0{content.sha256}\n" for name, content in sorted(files.items()))
+    return hashlib.sha256(named.encode()).hexdigest()[:12]
 
 
-def _text(card: Any) -> bytes:
-    return str(card).encode()
+def _text(card: Any) -> Content:
+    return Content(str(card).encode())
 
 
 def _optional(location: Location, name: str) -> Path | None:
@@ -278,8 +265,9 @@ def _optional(location: Location, name: str) -> Path | None:
         return None
 
 
-def _edited_card(place: Location) -> bytes | None:
+def _edited_card(place: Location) -> Content | None:
     """The card that lies beside the files, if a person wrote or changed it."""
     path = _optional(place, CARD) if place.is_local else None
     data = path.read_bytes() if path else b""
-    return data if data.strip() and not cards.is_generated(data.decode("utf-8", "replace")) else None
+    edited = data.strip() and not cards.is_generated(data.decode("utf-8", "replace"))
+    return Content(data) if edited else None

@@ -4,6 +4,7 @@ A commit names the commit that it was made on top of, so that nobody's work is o
 files whose content differs from what is there.
 """
 
+import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,13 +13,40 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from cbd_hub.chain import file_entry
 from cbd_hub.errors import PublishError
 from cbd_hub.hub import LIBRARY, clear_errors, has_hash
 
 __all__ = ["Commit", "Content", "Repository", "State", "gather"]
 
-Content = Path | bytes
-"""What is uploaded: a file, or the bytes of one."""
+
+@dataclass(frozen=True)
+class Content:
+    """What is uploaded: a file, or the bytes of one; hashed once at most."""
+
+    source: Path | bytes
+    known_sha256: str | None = None
+    """Where somebody has computed it already."""
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
+
+    @cached_property
+    def sha256(self) -> str:
+        """64 hexadecimal digits."""
+        if isinstance(self.source, bytes):
+            return hashlib.sha256(self.source).hexdigest()
+        return self.known_sha256 or file_entry(self.source).sha256
+
+    def equals(self, held: tuple[int, str] | None) -> bool:
+        """Whether a repository holds it already, by size in bytes and SHA-256 (LFS) or git blob hash."""
+        if held is None or held[0] != self.size:
+            return False
+        if len(held[1]) == 64:
+            return self.sha256 == held[1]
+        return len(held[1]) == 40 and has_hash(self.source, held[1])
 
 
 @dataclass(frozen=True)
@@ -96,9 +124,9 @@ class Repository:
                 self.api.create_branch(self.repo_id, branch=self.branch, exist_ok=True)
 
     def differing(self, files: Mapping[str, Content], state: State | None) -> list[str]:
-        """Returns the names of those files whose content is not what the repository holds. Cost: hashes them."""
+        """Returns the names of those files whose content is not what the repository holds."""
         held = state.files if state else {}
-        return [name for name, content in files.items() if not _same(content, held.get(name))]
+        return [name for name, content in files.items() if not content.equals(held.get(name))]
 
     def commit(
         self,
@@ -126,9 +154,8 @@ class Repository:
         if not changed and not gone:
             return Commit(self.repo_id, state.commit, (), 0)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
-            for name, content in files.items()
-            if name in changed
+            CommitOperationAdd(name, source if isinstance(source := files[name].source, bytes) else str(source))
+            for name in changed
         ]
         operations += [CommitOperationDelete(name) for name in gone]
         with clear_errors(self.repo_id, "committing", self.branch, writing=True):
@@ -140,7 +167,7 @@ class Repository:
                 create_pr=create_pr,
                 parent_commit=state.commit,
             )
-        size = sum(_size(files[name]) for name in changed)
+        size = sum(files[name].size for name in changed)
         return Commit(self.repo_id, made.oid, tuple(changed), size, made.pr_url)
 
     def tag(self, name: str, commit: str) -> None:
@@ -183,12 +210,3 @@ def gather(
             if repo_id not in there:
                 api.add_collection_item(made.slug, repo_id, "model", exists_ok=True)
     return made.url
-
-
-def _size(content: Content) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-def _same(content: Content, held: tuple[int, str] | None) -> bool:
-    """Whether the content has this size and hash."""
-    return held is not None and held[0] == _size(content) and len(held[1]) in (40, 64) and has_hash(content, held[1])

@@ -188,6 +188,12 @@ class HubServer(Hub):
         self._injections.clear()
         self.faults_hit = 0
 
+    def reset(self) -> None:
+        """Forgets repositories and collections as well; users stay."""
+        self.clear()
+        self.repos.clear()
+        self.collections.clear()
+
     def inject(self, fault: Fault, at: int = 0, method: str = "", path: str = "", every: bool = False) -> None:
         """Has a request go wrong.
 

@@ -65,9 +65,7 @@ def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(autouse=True)
 def empty(hub: HubServer) -> None:
-    hub.clear()
-    hub.repos.clear()
-    hub.collections.clear()
+    hub.reset()
 
 
 @pytest.fixture(scope="module")
@@ -403,9 +401,7 @@ def test_killed_at_every_request(
     assert count > 15
     seen = set()
     for n in range(count):
-        hub.clear()
-        hub.collections.clear()
-        hub.repos.clear()
+        hub.reset()
         hub.repos.update(copy.deepcopy(base))
         hub.inject(Fault.call(lambda: os.kill(client.pid, signal.SIGKILL), after=after), at=n)
         assert push(client, folder).status == -signal.SIGKILL

@@ -1,14 +1,20 @@
 """One repository at a time: what is there, what differs, and commits on top of what was seen."""
 
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hub_client import Client
 from hub_server import HubServer
 
+from cbd_hub.repository import Content
+
 SETUP = """
 from cbd_hub.errors import PublishError
-from cbd_hub.repository import Repository, gather
+from cbd_hub.repository import Content, Repository, gather
+def files_of(**files):
+    return {name.replace("_", "."): Content(data) for name, data in files.items()}
 def attempt(work):
     try:
         return work()
@@ -34,9 +40,7 @@ def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(autouse=True)
 def empty(hub: HubServer) -> None:
-    hub.clear()
-    hub.repos.clear()
-    hub.collections.clear()
+    hub.reset()
 
 
 def run(client: Client, code: str) -> object:
@@ -59,10 +63,10 @@ def test_only_what_differs_is_committed(client: Client, hub: HubServer) -> None:
     code = """
 it = Repository("org/x")
 it.create()
-files = {"small.txt": b"text", "big.bin": bytes(20_000), "deep/file.json": b"{}"}
+files = files_of(small_txt=b"text", big_bin=bytes(20_000)) | {"deep/file.json": Content(b"{}")}
 first = it.commit(files, "first", state=it.state())
 again = it.commit(files, "again", state=it.state())
-other = {**files, "small.txt": b"texT"}  # of the same size
+other = {**files, **files_of(small_txt=b"texT")}  # of the same size
 third = it.commit(other, "third", state=it.state(), delete=["deep/file.json", "not there"])
 print(json.dumps([it.differing(other, it.state()), sorted(first.uploaded), first.num_bytes, again.uploaded,
                   again.sha == first.sha, third.uploaded]))
@@ -80,8 +84,8 @@ def test_a_branch_that_moved_on(client: Client, hub: HubServer) -> None:
 it = Repository("org/x")
 it.create()
 state = it.state()
-it.commit({"a": b"1"}, "first", state=state)
-print(json.dumps(attempt(lambda: it.commit({"a": b"2"}, "late", state=state).sha)))
+it.commit(files_of(a=b"1"), "first", state=state)
+print(json.dumps(attempt(lambda: it.commit(files_of(a=b"2"), "late", state=state).sha)))
 """
     said = run(client, code)
     assert "org/x was changed by somebody else meanwhile; nothing was overwritten: run this again" in str(said)
@@ -92,8 +96,8 @@ def test_tags_stay_where_they_are(client: Client, hub: HubServer) -> None:
     code = """
 it = Repository("org/x")
 it.create()
-one = it.commit({"a": b"1"}, "one", state=it.state())
-two = it.commit({"a": b"2"}, "two", state=it.state())
+one = it.commit(files_of(a=b"1"), "one", state=it.state())
+two = it.commit(files_of(a=b"2"), "two", state=it.state())
 it.tag("v", one.sha)
 it.tag("v", two.sha)
 print(json.dumps(one.sha))
@@ -133,3 +137,23 @@ print(json.dumps([gather(["org/x"], **options), gather(["org/x", "org/y"], **opt
     (collection,) = hub.collections.values()
     assert [item["id"] for item in collection.items] == ["org/x", "org/y"]
     assert len(collection.description or "") <= 150
+
+
+def test_content_is_hashed_once_at_most(tmp_path: Path) -> None:
+    """Its hash is known after the first time, or from the start; the file could be gone by then."""
+    path = tmp_path / "f"
+    path.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    content, known = Content(path), Content(path, digest)
+    assert content.size == known.size == 7
+    assert content.sha256 == digest
+    path.unlink()
+    for one in (content, known):
+        assert one.equals((7, digest))
+        assert not one.equals((8, digest))
+        assert not one.equals((7, "0" * 64))
+    assert not content.equals(None)
+    git = hashlib.sha1(b"blob 7\0weights", usedforsecurity=False).hexdigest()
+    assert Content(b"weights").equals((7, git))
+    assert Content(b"weights").equals((7, digest))
+    assert not Content(b"weightS").equals((7, git))
