@@ -5,7 +5,7 @@ count, alpha, bytes to read, expected loss. Printing it is the dry run; :mod:`cb
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from cbd_hub.operations import TensorOp, list_operations
 from cbd_hub.ranges import Run, count_bytes, needed_runs
 from cbd_hub.sizing import Sizes, count_parameters, format_count, parse_count, solve
 
-__all__ = ["METHODS", "WHOLE_ABOVE", "Plan", "make_plan", "needed_by", "plan_subset"]
+__all__ = ["METHODS", "WHOLE_ABOVE", "Plan", "make_plan", "nearly_all", "needed_by", "plan_subset"]
 
 METHODS = ("auto", "interpolate", "paper", "expand", "prune")
 """What ``method=`` accepts."""
@@ -309,14 +309,22 @@ def needed_by(
     return {large.name: from_large} if large is small else {large.name: from_large, small.name: from_small}
 
 
+def nearly_all(anchor: Anchor, needed: Mapping[str, Sequence[Run]]) -> bool:
+    """Whether so much of an anchor is needed that its files are fetched whole (:data:`WHOLE_ABOVE`)."""
+    return sum(map(count_bytes, needed.values())) >= WHOLE_ABOVE * _weight_bytes(anchor)
+
+
+def _weight_bytes(anchor: Anchor) -> int:
+    return anchor.num_parameters * _ITEM_BYTES[anchor.dtype]
+
+
 def _fetch_bytes(manifest: Manifest, needed: Mapping[str, Mapping[str, list[Run]]]) -> int:
     """The bytes of the needed runs; of a whole anchor where that is nearly all of it."""
-    total = 0
-    for anchor in manifest.anchors:
-        count = sum(map(count_bytes, needed.get(anchor.name, {}).values()))
-        whole = anchor.num_parameters * _ITEM_BYTES[anchor.dtype]
-        total += whole if count >= WHOLE_ABOVE * whole else count
-    return total
+    return sum(
+        _weight_bytes(anchor) if nearly_all(anchor, runs) else sum(map(count_bytes, runs.values()))
+        for anchor in manifest.anchors
+        if (runs := needed.get(anchor.name))
+    )
 
 
 def _expected_loss(manifest: Manifest, count: int) -> float | None:

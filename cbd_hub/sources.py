@@ -21,7 +21,7 @@ from cbd_hub.errors import ChainNotFoundError, IntegrityError
 from cbd_hub.hub import Location, NoRangesError
 from cbd_hub.json_files import read_json
 from cbd_hub.materialize import Read, parse_dtype, whole_folder
-from cbd_hub.plan import WHOLE_ABOVE
+from cbd_hub.plan import nearly_all
 from cbd_hub.ranges import Run, count_bytes
 
 __all__ = [
@@ -149,8 +149,7 @@ def open_checkpoint(
         ChainNotFoundError: A file that cannot be fetched.
     """
     names = weight_files(anchor)
-    total = sum(anchor.files[name].size for name in names)
-    some = needed is not None and sum(map(count_bytes, needed.values())) < WHOLE_ABOVE * total
+    some = needed is not None and not nearly_all(anchor, needed)
     paths: list[Path] = []
     partly: dict[str, Sequence[Run]] = {}
     try:
