@@ -57,8 +57,9 @@ def make_tensor(
     layout = axis_map.layout(op.pattern)
     offset = 1.0 if axis_map.norm == "rms+1" and op.pattern in axis_map.norms else 0.0
     base: torch.Tensor | None = None
+    stored: torch.Tensor | None = None
     if op.large:
-        base = large[1](op.large)
+        base = stored = large[1](op.large)
         taken = taken_units(op, axis_map, index_map, large[0], target)
         if index_map is not None:
             base = rescale(take(base, layout, large[0], taken), op.large_scale, offset)
@@ -68,7 +69,7 @@ def make_tensor(
             base = expand(addition, layout, small[0], target, op.mean_axis)
         else:
             work = dtype if base.dtype == addition.dtype == dtype else torch.float32
-            base = base.to(work).clone(memory_format=torch.contiguous_format)
+            base = _own(base, stored, work)
             if op.own_weight != 1.0 and base.dim() == 2:
                 base = weigh_unshared(base, op.own_weight, layout, small[0], target)
             if op.masked:
@@ -84,6 +85,13 @@ def make_tensor(
         return torch.zeros(op.shape, dtype=dtype)
     whole = base.to(dtype).contiguous()
     return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
+
+
+def _own(tensor: torch.Tensor, stored: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in a dtype, contiguous, in memory that may be written to: a copy only where it is not so yet."""
+    made = tensor.to(dtype).contiguous()
+    shares = stored is not None and made.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()
+    return made.clone() if shares else made
 
 
 def target_config(config: PreTrainedConfig, axis_map: AxisMap, plan: Plan) -> PreTrainedConfig:

@@ -92,13 +92,14 @@ def blend(
         small_sizes: Sizes of the small anchor.
         target: Sizes of the target.
 
-    Cost: one pass over the region; float32 temporaries of 16 MiB at most, none for float32 regions without gaps.
+    Cost: one pass over the region where it has no gaps and both have one dtype; otherwise three, with float32
+    temporaries of 16 MiB at most.
     """
     region = _region(layout, small_sizes, target)
     for start, stop in _chunks(small):
         where = _grid(region, start, stop)
-        if large.dtype == small.dtype == torch.float32 and all(isinstance(rows, slice) for rows in where):
-            large[where].lerp_(small[start:stop], alpha)  # a view: one pass, no temporaries
+        if large.dtype == small.dtype and all(isinstance(rows, slice) for rows in where):
+            large[where].lerp_(small[start:stop], alpha)  # a view; half precision is widened in registers
             continue
         mixed = alpha * _wide(small[start:stop]) + (1 - alpha) * _wide(large[where])
         large[where] = mixed.to(large.dtype)
@@ -123,8 +124,12 @@ def weigh_unshared(
             own = torch.ones(large.shape[dim], dtype=torch.bool)
             own[shared] = False
             if own.any():
-                where = (slice(None),) * dim + (own.nonzero().squeeze(1),)
-                large[where] = (large[where].float() * weight).to(large.dtype)
+                rows = _as_index(own.nonzero().squeeze(1).numpy())
+                where = (slice(None),) * dim + (rows,)
+                if isinstance(rows, slice):
+                    large[where].mul_(weight)
+                else:
+                    large[where] = large[where].mul_(weight)
     return large
 
 
