@@ -8,6 +8,7 @@ killed goes on behind its last record and ends with the same chain. ``chain.json
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,8 @@ from cbd_hub.architectures import axis_map_for, register_axis_map
 from cbd_hub.assemble import Chain
 from cbd_hub.axis_map import AxisMap
 from cbd_hub.basis import rotate
-from cbd_hub.chain import Anchor, Manifest, Training
+from cbd_hub.bridge import found
+from cbd_hub.chain import Anchor, Bridge, Manifest, Training
 from cbd_hub.checkpoints import checksum_file
 from cbd_hub.distill import distill
 from cbd_hub.errors import OutputExistsError, RecipeError
@@ -42,6 +44,7 @@ from cbd_hub.sizing import Sizes, count_parameters, format_count, ladder
 
 __all__ = ["build_chain"]
 
+_BRIDGE = "bridge.json"  # how anchor zero was founded, written before its step is
 _LIBRARIES = ("cbd_hub", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
@@ -66,7 +69,7 @@ class _Build:
 
     def source(self) -> tuple[str, PreTrainedModel, Training | None, IndexMap | None, str]:
         """Step 0: the source becomes the largest anchor, rotated first where a later anchor is narrower."""
-        model, training = self.made.source(self.state / "work", self.progress)
+        model, training = self._source_model()
         axis_map = axis_map_for(model.config)
         sizes = axis_map.sizes(model.config)
         basis, blocks = self._basis(axis_map, sizes), self.made.calibration()
@@ -74,6 +77,21 @@ class _Build:
             rotate(model, axis_map, sizes, blocks)
         name = self.recipe.source.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, sizes))}"
         return name, model, training, None, basis
+
+    def _source_model(self) -> tuple[PreTrainedModel, Training | None]:
+        """The source itself, or anchor zero, founded on it; how goes into a record of its own."""
+        if (bridge := self.recipe.bridge) is None:
+            return self.made.source(self.state / "work", self.progress)
+        on = self.made.founding(bridge)
+
+        def say(text: str) -> None:
+            if self.progress and PartialState().is_main_process:
+                sys.stderr.write(f"{text}\n")
+
+        model, training, made = found(bridge, on, self.state / "work", say=say, progress=self.progress)
+        if PartialState().is_main_process:
+            _write_json(self.state / _BRIDGE, made.model_dump(mode="json"))
+        return model, training
 
     def _basis(self, axis_map: AxisMap, sizes: Sizes) -> str:
         """``pca`` where the source is to be rotated: there is a narrower anchor, and text to measure on."""
@@ -99,7 +117,8 @@ class _Build:
             return axis_map.sizes({**axis_map.config_fields(large), **spec.shape})
         count = count_parameters(axis_map, large)
         target = spec.num_parameters or round(count * (spec.fraction or 0))
-        if unknown := {axis for point in self.recipe.spread.waypoints for axis in point} - set(large):
+        named = {axis for point in self.recipe.spread.waypoints for axis in point}
+        if unknown := named - set(large) - {"kv_heads"}:  # which not every family has, and the default names
             raise RecipeError(f"spread.waypoints names {sorted(unknown)[0]!r}; axes here: {', '.join(large)}")
         return ladder(axis_map, large, target, waypoints=self.recipe.spread.waypoints)
 
@@ -286,14 +305,18 @@ class _Build:
                 for n in sorted({Path(s).name for s in saved or ()})
                 if (self.output / n).is_file()
             }
+        founded = None
+        if self.recipe.bridge is not None:
+            founded = Bridge.model_validate_json((self.state / _BRIDGE).read_text(encoding="utf-8"))
         manifest = Manifest(
             name=self.recipe.name,
             architecture=config.model_type,
             axis_map=json.loads(json.dumps(axis_map.to_dict())),
             basis=basis,  # type: ignore[arg-type]
             layers_last=self.recipe.spread.layers_last,
-            source=self.recipe.source.model or "trained from scratch",
+            source=self.recipe.source.model or self.recipe.source.served or "trained from scratch",
             source_revision=self.recipe.source.revision,
+            bridge=founded,
             license=self.recipe.license,
             anchors=anchors,
             tokenizer=tokenizer,

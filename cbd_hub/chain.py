@@ -17,11 +17,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from cbd_hub.axis_map import AxisMap
 from cbd_hub.errors import AxisMapError, CbdError, IntegrityError, ManifestError, did_you_mean
 from cbd_hub.json_files import read_json
+from cbd_hub.records import Barrier, Bridge, CurvePoint, Evaluation, PositiveInt, Strict, Training
 from cbd_hub.sizing import count_parameters
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "MANIFEST_NAME",
     "Anchor",
     "Barrier",
+    "Bridge",
     "CurvePoint",
     "Evaluation",
     "FileEntry",
@@ -93,14 +95,9 @@ InnerPath = Annotated[str, AfterValidator(_inside)]
 """A POSIX path that stays inside its repository."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
-PositiveInt = Annotated[int, Field(gt=0, lt=2**50)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class FileEntry(_Strict):
+class FileEntry(Strict):
     """Size and hash of one file."""
 
     size: Annotated[int, Field(ge=0)]
@@ -108,34 +105,7 @@ class FileEntry(_Strict):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Evaluation(_Strict):
-    """Loss on text that took no part in training or selection."""
-
-    loss: float
-    """Nats a token."""
-    perplexity: float
-    """exp(loss)."""
-    num_tokens: PositiveInt
-    """Predicted tokens."""
-
-
-class Training(_Strict):
-    """What was spent on an anchor."""
-
-    tokens: Annotated[int, Field(ge=0)]
-    """Training tokens seen; 0 for an anchor that was only cut out."""
-    seed: int
-    cut_loss: float | None = None
-    """Validation loss of the subset as it was cut, before its refit, nats a token."""
-    start_loss: float | None = None
-    """Validation loss of the untrained start, nats a token."""
-    best_loss: float | None = None
-    """Validation loss of the checkpoint that was kept, nats a token."""
-    best_step: int | None = None
-    """Optimizer step of that checkpoint; 0 is the start."""
-
-
-class Anchor(_Strict):
+class Anchor(Strict):
     """One anchor of the chain."""
 
     name: Name
@@ -157,7 +127,7 @@ class Anchor(_Strict):
     """Order of the parent's layers (see :mod:`cbd_hub.chain`); None keeps all, in order."""
     aligned: bool = True
     """Whether its weights can be averaged with its parent's: their units correspond, and no high barrier was met."""
-    barrier: "Barrier | None" = None
+    barrier: Barrier | None = None
     """What was measured between this anchor and its parent."""
     files: dict[InnerPath, FileEntry]
     """Every file that makes up the model, relative to the anchor's folder."""
@@ -173,34 +143,7 @@ class Anchor(_Strict):
         return self
 
 
-class Barrier(_Strict):
-    """Loss along the weight of the small anchor, at one shape halfway between it and its parent."""
-
-    num_parameters: PositiveInt
-    alphas: list[Annotated[float, Field(ge=0, le=1)]]
-    """From 0 (the parent pruned) to 1 (the anchor expanded)."""
-    losses: list[float]
-    """Nats a token."""
-    height: float
-    """How far the losses rise above the straight line between the two ends; negative where they sag."""
-
-    @model_validator(mode="after")
-    def _pairs(self) -> "Barrier":
-        if len(self.alphas) != len(self.losses):
-            raise ValueError(f"a barrier has {len(self.alphas)} alphas and {len(self.losses)} losses")
-        return self
-
-
-class CurvePoint(_Strict):
-    """Measured held-out loss of a model between two anchors."""
-
-    num_parameters: PositiveInt
-    loss: float
-    """Nats a token."""
-    method: str
-
-
-class Manifest(_Strict):
+class Manifest(Strict):
     """``chain.json``."""
 
     format: Literal[1] = 1
@@ -216,6 +159,8 @@ class Manifest(_Strict):
     source: str
     """What the chain was made from: a repo id, a folder's name, or ``trained from scratch``."""
     source_revision: str | None = None
+    bridge: Bridge | None = None
+    """How the largest anchor came from a source that is no neighbour of it; None where it is one."""
     license: str | None = None
     anchors: Annotated[list[Anchor], Field(min_length=1)]
     """Largest first."""

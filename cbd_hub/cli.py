@@ -4,7 +4,6 @@ Exit 0 on success, 1 with one line on standard error on failure (a traceback onl
 ``--json`` prints one JSON document on standard output and nothing else there.
 """
 
-import json
 import os
 import platform
 import sys
@@ -17,6 +16,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from cbd_hub.cli_options import (
+    Alpha,
+    CacheDir,
+    ChainArgument,
+    Json,
+    LocalOnly,
+    Method,
+    Revision,
+    ShapeOption,
+    Size,
+    Token,
+    Tolerance,
+    open_chain,
+    print_json,
+    read_shape,
+)
 from cbd_hub.errors import CbdError
 
 if TYPE_CHECKING:
@@ -33,48 +48,12 @@ app = typer.Typer(
 )
 """The command line as a Typer application; the entry point is :func:`main`."""
 
-ChainArgument = Annotated[
-    str, typer.Argument(help="A Hub repo id, or a folder that holds chain.json.", metavar="CHAIN")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
-Token = Annotated[str | None, typer.Option(help="Hub token; by default the one that `hf auth login` stored.")]
-CacheDir = Annotated[str | None, typer.Option(help="Another cache folder than HF_HOME's.")]
-LocalOnly = Annotated[bool, typer.Option("--local-files-only", help="Use the cache alone; never ask the Hub.")]
-Size = Annotated[str | None, typer.Option(help="Size, e.g. 138M, 1.2B or 138000000.")]
-ShapeOption = Annotated[str | None, typer.Option(help="Or the shape, as JSON: '{\"num_hidden_layers\": 14}'.")]
-Alpha = Annotated[float | None, typer.Option(help="Weight of the small anchor, 0 to 1; by default 1 - position.")]
-Method = Annotated[str, typer.Option(help="auto, interpolate, paper, expand or prune.")]
-Tolerance = Annotated[float, typer.Option(help="Largest relative error of the parameter count.")]
-
 
 @app.callback()
 def _options(
     context: typer.Context, debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False
 ) -> None:
     context.obj = {"debug": debug}
-
-
-def _open(chain: str, revision: str | None, token: str | None, cache_dir: str | None, local: bool) -> "Chain":
-    from cbd_hub.assemble import Chain
-
-    return Chain.from_pretrained(chain, revision, token, cache_dir, local)
-
-
-def _print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, indent=1) + "\n")
-
-
-def _shape(text: str | None) -> dict[str, int] | None:
-    if text is None:
-        return None
-    try:
-        shape = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"--shape is no JSON: {error}") from None
-    if not isinstance(shape, dict):
-        raise typer.BadParameter("--shape must be a JSON object of config fields")
-    return shape
 
 
 @app.command()
@@ -127,7 +106,7 @@ def push(
         progress=not as_json,
     )
     if as_json:
-        _print_json(published.as_dict())
+        print_json(published.as_dict())
     else:
         sys.stdout.write(f"{published}\n")
 
@@ -145,7 +124,7 @@ def inspect(
 
     Example: cbd-hub inspect my-chain
     """
-    _show_chain(_open(chain, revision, token, cache_dir, local_files_only), as_json)
+    _show_chain(open_chain(chain, revision, token, cache_dir, local_files_only), as_json)
 
 
 def _show_chain(chain: "Chain", as_json: bool) -> None:
@@ -153,7 +132,7 @@ def _show_chain(chain: "Chain", as_json: bool) -> None:
 
     manifest = chain.manifest
     if as_json:
-        _print_json(manifest.model_dump(mode="json", exclude={"axis_map"}, exclude_none=True))
+        print_json(manifest.model_dump(mode="json", exclude={"axis_map"}, exclude_none=True))
         return
     console = Console()
     console.print(
@@ -204,15 +183,15 @@ def plan(
 
     Example: cbd-hub plan my-chain --num-parameters 138M
     """
-    made = _open(chain, revision, token, cache_dir, local_files_only).plan(
+    made = open_chain(chain, revision, token, cache_dir, local_files_only).plan(
         num_parameters,
-        shape=_shape(shape),
+        shape=read_shape(shape),
         alpha="auto" if alpha is None else alpha,
         method=method,
         tolerance=tolerance,
     )
     if as_json:
-        _print_json(made.as_dict())
+        print_json(made.as_dict())
     else:
         sys.stdout.write(f"{made}\n")
 
@@ -245,10 +224,10 @@ def from_chain_command(
     from cbd_hub.export import write_model
     from cbd_hub.publish import publish_folder
 
-    opened = _open(chain, revision, token, cache_dir, local_files_only)
+    opened = open_chain(chain, revision, token, cache_dir, local_files_only)
     made = opened.plan(
         num_parameters,
-        shape=_shape(shape),
+        shape=read_shape(shape),
         alpha="auto" if alpha is None else alpha,
         method=method,
         tolerance=tolerance,
@@ -260,11 +239,32 @@ def from_chain_command(
         published = publish_folder(output, push_to_hub, message, private=private or None, token=token)
     if as_json:
         told = {"published": {"repo_id": published.repo_id, "commit": published.sha}} if published else {}
-        _print_json({**made.as_dict(), "output": str(output), **told})
+        print_json({**made.as_dict(), "output": str(output), **told})
     else:
         sys.stdout.write(f"{made.num_parameters:,} parameters, {made.method}, written to {output}\n")
         if published:
             sys.stdout.write(f"published as {published.repo_id} at {published.sha}\n")
+
+
+@app.command()
+def vocabulary(
+    chain_tokenizer: Annotated[str, typer.Argument(help="Tokenizer of the chain: a folder or a repo id.")],
+    source_tokenizer: Annotated[str, typer.Argument(help="Tokenizer of the source: a folder or a repo id.")],
+    text: Annotated[list[Path], typer.Option(help="UTF-8 text to count on; may be repeated.")],
+    as_json: Json = False,
+    token: Token = None,
+) -> None:
+    """Compares two vocabularies: what a bridge from one to the other has to go by.
+
+    Example: cbd-hub vocabulary my-chain org/source-model --text corpus.txt
+    """
+    from cbd_hub.compare import compare_tokenizers
+
+    report = compare_tokenizers(chain_tokenizer, source_tokenizer, text, token=token)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        sys.stdout.write(f"{report}\n")
 
 
 @app.command("eval")
@@ -305,16 +305,21 @@ def eval_command(
     else:
         rows = evaluate_on_text(model, text or [], sequence_length=sequence_length, max_tokens=max_tokens, **where)
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
-    columns = ["task", "metric", "value", "items"] if tasks else ["loss (nats a token)", "perplexity", "tokens"]
+    columns = (
+        ["task", "metric", "value", "items"]
+        if tasks
+        else ["loss (nats a token)", "perplexity", "bits a byte", "tokens"]
+    )
     table = Table(Column("model", overflow="fold"), "parameters", *columns)
     for row in rows:
         if tasks:
             error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
             cells = [row["task"], row["metric"], f"{row['value']:.4f}{error}", f"{row['items']:,}"]
         else:
-            cells = [f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", f"{row['num_tokens']:,}"]
+            bits = f"{row['bits_per_byte']:.4f}"
+            cells = [f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", bits, f"{row['num_tokens']:,}"]
         table.add_row(escape(row["name"]), f"{row['num_parameters']:,}", *cells)
     Console().print(table)
     if tasks:
@@ -343,7 +348,7 @@ def env(as_json: Json = False) -> None:
     )
     facts |= {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT") if name in os.environ}
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         for name, value in facts.items():
             sys.stdout.write(f"- {name}: {value}\n")

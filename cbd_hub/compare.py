@@ -12,10 +12,11 @@ from cbd_hub.chain import MANIFEST_NAME
 from cbd_hub.data import pack
 from cbd_hub.documents import DataConfig, load_documents
 from cbd_hub.errors import ChainNotFoundError, RecipeError
-from cbd_hub.evaluation import evaluate_loss
+from cbd_hub.evaluation import bits_per_byte, evaluate_loss
 from cbd_hub.tasks import ITEMS, evaluate_tasks, read_items
+from cbd_hub.vocabulary import VocabularyReport, compare_vocabularies
 
-__all__ = ["evaluate_on_tasks", "evaluate_on_text"]
+__all__ = ["compare_tokenizers", "evaluate_on_tasks", "evaluate_on_text"]
 
 
 def evaluate_on_text(
@@ -44,7 +45,7 @@ def evaluate_on_text(
         local_files_only: Use the cache alone.
 
     Returns:
-        One row a model: name, num_parameters, loss (nats a token), perplexity, num_tokens.
+        One row a model: name, num_parameters, loss (nats a token), perplexity, num_tokens, bits_per_byte.
 
     Raises:
         RecipeError: No text is given, or it is too short.
@@ -60,7 +61,9 @@ def evaluate_on_text(
     rows = []
     for name, loaded in models:
         result = evaluate_loss(loaded, blocks, progress=progress, max_tokens=max_tokens)
-        rows.append({"name": name, "num_parameters": loaded.num_parameters(), **result.as_dict()})
+        bits = bits_per_byte(result, blocks, tokenizer)
+        told = {**result.as_dict(), "bits_per_byte": bits}
+        rows.append({"name": name, "num_parameters": loaded.num_parameters(), **told})
     return rows
 
 
@@ -106,6 +109,33 @@ def evaluate_on_tasks(
         measured = evaluate_tasks(loaded, tokenizer, tasks, items, limit, batch_size=batch_size, progress=progress)
         rows += [{"name": name, "num_parameters": loaded.num_parameters(), **row} for row in measured]
     return rows
+
+
+def compare_tokenizers(
+    chain: str, source: str, text: Sequence[str | Path], *, token: str | bool | None = None
+) -> VocabularyReport:
+    """Compares two tokenizers on text: see :func:`cbd_hub.vocabulary.compare_vocabularies`.
+
+    Args:
+        chain: Folder or repo id of the chain's tokenizer.
+        source: The same of the source's.
+        text: UTF-8 files.
+        token: Hub token.
+
+    Raises:
+        RecipeError: No text, or a tokenizer that cannot spell every text.
+        ChainNotFoundError: A tokenizer that cannot be loaded.
+    """
+    if not text:
+        raise RecipeError("give text to count on: --text FILE (UTF-8)")
+    documents = load_documents(DataConfig(text_files=[str(Path(t).absolute()) for t in text]))
+    loaded = []
+    for place in (chain, source):
+        try:
+            loaded.append(AutoTokenizer.from_pretrained(place, trust_remote_code=False, token=token))
+        except (OSError, ValueError) as error:
+            raise ChainNotFoundError(f"the tokenizer of {place!r} cannot be loaded: {error}") from error
+    return compare_vocabularies(loaded[0], loaded[1], [row["text"] for row in documents])
 
 
 def _open(

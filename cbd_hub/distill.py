@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from cbd_hub.chain import Training
+from cbd_hub.cross_vocabulary import Across
 from cbd_hub.errors import RecipeError
 from cbd_hub.index_maps import IndexMap, kept_hidden
 from cbd_hub.trainer import AnchorTrainer, DistillationConfig, TokenCount, collate
@@ -55,6 +56,7 @@ def distill(
     config: DistillationConfig,
     *,
     index_map: IndexMap | None = None,
+    across: Across | None = None,
     work_dir: Path,
     progress: bool = True,
 ) -> Training:
@@ -75,6 +77,7 @@ def distill(
         validation: Packed blocks that choose the best weights.
         config: What to do; with ``tokens = 0`` nothing is done or measured.
         index_map: How the student's units correspond to the teacher's; None compares no hidden states.
+        across: The teacher has another vocabulary: what meets what (:class:`cbd_hub.cross_vocabulary.Across`).
         work_dir: Folder for the files named above; made if need be.
         progress: Show a progress bar, unless ``HF_HUB_DISABLE_PROGRESS_BARS`` is set.
 
@@ -106,7 +109,7 @@ def distill(
     silent = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "0").upper() in ("1", "ON", "YES", "TRUE")
     more: dict[str, Any] = {"train_dataset": train, "eval_dataset": validation}
     more["callbacks"] = [_Progress()] if progress and not silent else []
-    trainer = AnchorTrainer(trained, arguments, config, teacher, ends, kept, **more)
+    trainer = AnchorTrainer(trained, arguments, config, teacher, ends, kept, across, **more)
     best = _KeepBest(trainer, work_dir / "best.safetensors")
     trainer.add_callback(best)
     trainer.remove_callback(PrinterCallback)  # standard output belongs to the caller

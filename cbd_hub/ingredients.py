@@ -3,6 +3,7 @@
 Everything here is a function of the recipe alone, so that a build that is gone on with finds the same ingredients.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.architectures import axis_map_for
+from cbd_hub.bridge import BridgeConfig, Founding
 from cbd_hub.chain import Training
 from cbd_hub.data import mix, pack, token_batches, train_tokenizer
 from cbd_hub.distill import distill
@@ -159,6 +161,34 @@ class Ingredients:
             return AutoConfig.from_pretrained(self._local(place), revision=revision, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise RecipeError(f"the config of {place!r} cannot be loaded: {error}") from error
+
+    def founding(self, bridge: BridgeConfig) -> Founding:
+        """What anchor zero is founded on: the source and its tokenizer, and the chain's tokenizer and text.
+
+        Raises:
+            RecipeError: The source, a tokenizer or the text is missing or cannot be loaded.
+        """
+        source, data, text, tokenizer = self.recipe.source, self.recipe.data, self.text, self.tokenizer
+        if data is None or text is None or tokenizer is None:
+            raise RecipeError("a bridge needs `data` and a tokenizer")
+
+        def documents() -> Iterator[Mapping[str, str]]:
+            return chain.from_iterable(s.train for s in self.splits)
+
+        own = None if source.model is None else _load_tokenizer(self._model_place(), source.revision)
+        return Founding(
+            tokenizer=tokenizer,
+            train=text.train,
+            validation=self.validation,
+            calibration=self.calibration(),
+            documents=documents,
+            source_name=str(source.model or source.served),
+            source=None if source.model is None else self.checkpoint(source.model, source.revision),
+            source_tokenizer=own,
+            source_revision=source.revision,
+            document_boundaries=data.document_boundaries,
+            base=self.base,
+        )
 
     def source(self, work_dir: Path, progress: bool) -> tuple[PreTrainedModel, Training | None]:
         """Loads the source model in float32, or trains it from scratch.

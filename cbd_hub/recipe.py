@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cbd_hub.axis_map import AxisMap
+from cbd_hub.bridge import BridgeSetting
 from cbd_hub.distill import DistillationConfig, TokenCount
 from cbd_hub.documents import DataConfig
 from cbd_hub.errors import RecipeError, did_you_mean
@@ -52,7 +53,7 @@ class TrainSource(_Strict):
 
 
 class Source(_Strict):
-    """What the chain is made from: exactly one of ``model`` and ``train``."""
+    """What the chain is made from: exactly one of ``model``, ``train`` and ``served``."""
 
     name: Name | None = None
     """Name of the largest anchor; by default the recipe's name and the size."""
@@ -62,13 +63,16 @@ class Source(_Strict):
     """Branch, tag or commit of ``model``."""
     train: TrainSource | None = None
     """Train a source from scratch instead."""
+    served: str | None = None
+    """Name of a model behind the server of ``bridge.generation``, which only writes text."""
 
     @model_validator(mode="after")
     def _one(self) -> "Source":
-        if (self.model is None) == (self.train is None):
-            given = "neither" if self.train is None else "both"
-            raise ValueError(f"give exactly one of model and train, got {given}")
-        if self.train is not None and self.revision is not None:
+        given = [name for name in ("model", "train", "served") if getattr(self, name) is not None]
+        if len(given) != 1:
+            got = " and ".join(given) or "none"
+            raise ValueError(f"give exactly one of model, train and served, got {got}")
+        if self.model is None and self.revision is not None:
             raise ValueError("revision belongs to model, and there is none")
         return self
 
@@ -170,6 +174,9 @@ class Recipe(_Strict):
     """The text; None only where nothing is trained."""
     anchors: list[Annotated[AnchorSpec, BeforeValidator(_read_anchor)]] = Field(min_length=1)
     """From large to small; an item may be a bare fraction or parameter count."""
+    bridge: BridgeSetting | None = None
+    """How the largest anchor is made where the source is of another architecture or vocabulary: ``auto``, a list of
+    ways, or a mapping (:mod:`cbd_hub.bridge`)."""
     distillation: DistillationConfig = DistillationConfig()
     """How every anchor is trained."""
     calibration_tokens: int = Field(default=16_384, ge=0)
@@ -201,9 +208,19 @@ class Recipe(_Strict):
         names = [name for name in (self.source.name, *(a.name for a in self.anchors)) if name is not None]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two anchors have the name {repeated[0]!r}; names must differ")
-        if self.source.train is None and isinstance(self.tokenizer, TrainTokenizer):
-            raise ValueError("a tokenizer can be trained only for a source that is trained from scratch")
-        trains = self.source.train is not None or any(
+        if self.bridge is None:
+            if self.source.served is not None:
+                raise ValueError("`bridge` is missing: a served source only writes text for one")
+            if self.source.train is None and isinstance(self.tokenizer, TrainTokenizer):
+                raise ValueError("a tokenizer can be trained only for a bridge, or a source trained from scratch")
+        elif self.source.train is not None:
+            raise ValueError("`bridge` needs a source that exists; this one is trained from scratch for the chain")
+        elif self.source.served is not None:
+            if self.bridge.generation.server is None:
+                raise ValueError("`bridge.generation.server` is missing: it says where the served source is")
+            if self.tokenizer is None:
+                raise ValueError("`tokenizer` is missing: a served source has none to take over")
+        trains = self.source.train is not None or self.bridge is not None or any(
             (self.distillation.tokens if a.tokens is None else a.tokens) > 0 for a in self.anchors
         )
         if trains and self.data is None:
@@ -264,14 +281,16 @@ def step_fingerprint(recipe: Recipe, index: int) -> str:
     parts = recipe.model_dump(mode="json", exclude=without)
     parts["anchors"] = [a.model_dump(mode="json") for a in recipe.anchors[:index]]
     parts["evaluation_tokens"] = recipe.evaluation.tokens
+    if parts["bridge"] is None:  # a build of an older recipe goes on where it stopped
+        del parts["bridge"]
+    if parts["source"]["served"] is None:
+        del parts["source"]["served"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _check(data: Any, where: str) -> Recipe:
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where} must hold keys and values (name, source, anchors, ...); got {_short(data)}")
-    if "bridge" in data:
-        raise RecipeError(f"{where}: bridge is not supported yet; the source must be of the chain's own architecture")
     for path, text in _strings(data, ()):
         if "${" in text:
             raise RecipeError(f"{where}: {_dotted(path)} holds {_short(text)}; a recipe knows no variables")

@@ -13,26 +13,27 @@ that call. The student itself stays what is wrapped, saved and named.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from cbd_hub.cross_vocabulary import Across, cross_vocabulary_loss
 from cbd_hub.data import block_batches
 from cbd_hub.divergences import DivergenceName
 from cbd_hub.errors import RecipeError
 from cbd_hub.evaluation import evaluate_loss
-from cbd_hub.losses import Head, distillation_loss, hidden_and_head, hidden_state_loss
+from cbd_hub.forwards import head_of, run_model, unhooked
+from cbd_hub.losses import distillation_loss, hidden_state_loss
 from cbd_hub.sizing import parse_count
 
 __all__ = ["AnchorTrainer", "DistillationConfig", "TokenCount", "collate"]
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")  # what both models read of a batch
+_ACROSS = ("teacher_input_ids", "teacher_attention_mask", "groups")  # of a teacher with another vocabulary
 
 TokenCount = Annotated[int, BeforeValidator(lambda v: parse_count(v) if isinstance(v, str) else v), Field(ge=0)]
 """A number of tokens: an int, or a string such as ``"5M"``."""
@@ -117,6 +118,7 @@ class AnchorTrainer(Trainer):
             hidden states.
         kept: The teacher's hidden coordinates, in the student's order (:func:`cbd_hub.index_maps.kept_hidden`); None
             for all.
+        across: The teacher has another vocabulary: what meets what. Batches then hold its tokens of the same text too.
 
     Raises:
         RecipeError: No loss is left without a teacher, or there is not one end for every layer of the student.
@@ -130,6 +132,7 @@ class AnchorTrainer(Trainer):
         teacher: PreTrainedModel | None = None,
         ends: Sequence[int] | None = None,
         kept: Tensor | None = None,
+        across: Across | None = None,
         **kwargs: Any,
     ) -> None:
         args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU; several are for `accelerate launch`
@@ -139,7 +142,7 @@ class AnchorTrainer(Trainer):
         layers = model.config.get_text_config().num_hidden_layers
         if with_hidden and ends is not None and len(ends) != layers:
             raise RecipeError(f"The student has {layers} layers and `ends` names {len(ends)}; name one for each.")
-        super().__init__(model, args, **{"data_collator": collate, **kwargs})
+        super().__init__(model, args, **{"data_collator": _Collator(across), **kwargs})
         self.model_accepts_loss_kwargs = True  # compute_loss takes num_items_in_batch itself,
         self._loss_shifts_labels = True  # counted without the first column, which nothing predicts
         self.config = config
@@ -148,7 +151,7 @@ class AnchorTrainer(Trainer):
             nn.Module.to(self.teacher, args.device).eval()
         self._student = model
         self._names = [name for name, _ in model.named_parameters()]  # before FSDP wraps; tied ones once
-        self._objective = _Objective(model, config, self.teacher, ends if with_hidden else None, kept)
+        self._objective = _Objective(model, config, self.teacher, ends if with_hidden else None, kept, across)
         self._held_out = _Objective(model, DistillationConfig(ce=1))
         self._terms: dict[str, Tensor] = {}
         self._terms_since = 0
@@ -215,7 +218,7 @@ class AnchorTrainer(Trainer):
         self, model: nn.Module, objective: "_Objective", inputs: Mapping[str, Tensor], num_items: Tensor | int | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, differentiable, and its detached terms; `model` is the student, in whatever wrapping."""
-        batch: dict[str, Any] = {name: inputs[name] for name in _INPUTS if name in inputs}
+        batch: dict[str, Any] = {name: inputs[name] for name in (*_INPUTS, *_ACROSS) if name in inputs}
         if num_items is not None:  # an int, because mixed precision rounds the float inputs of a model
             batch["num_items"] = torch.as_tensor(num_items, device=inputs["labels"].device).long()
         with self.accelerator.autocast(), _redirected(self._student, objective):
@@ -239,6 +242,17 @@ class AnchorTrainer(Trainer):
         return total / tokens
 
 
+class _Collator:
+    """:func:`collate`, and the teacher's tokens of the same text where its vocabulary is another."""
+
+    def __init__(self, across: Across | None) -> None:
+        self.across = across
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = collate(rows)
+        return batch if self.across is None else batch | self.across.aligner.align(batch["input_ids"], batch["labels"])
+
+
 class _Objective:
     """The loss of a batch, computed in place of the student's forward.
 
@@ -252,20 +266,23 @@ class _Objective:
         teacher: PreTrainedModel | None = None,
         ends: Sequence[int] | None = None,
         kept: Tensor | None = None,
+        across: Across | None = None,
     ) -> None:
         self.config = config
+        self.across = across
         self.teacher = teacher
         self.ends = ends
         self.kept = kept if kept is None or teacher is None else kept.to(teacher.device)
         self.forward = student.forward  # as it is now: later ones go through autocast and turn all states to float32
-        self.student_head = _head_of(student)
-        self.teacher_head = None if teacher is None else _head_of(teacher)
+        self.student_head = head_of(student)
+        self.teacher_head = None if teacher is None else head_of(teacher)
         self.terms: dict[str, Tensor] = {}
         """The last batch's ``loss`` and its terms, detached. Not returned, as FSDP would round them to bf16."""
 
     def __call__(self, labels: Tensor, num_items: Tensor | None = None, **batch: Tensor) -> Tensor:
-        hidden, states = _run(self.forward, self.student_head, batch)
-        return self.losses(hidden, states, labels, num_items, batch)
+        teachers = {name: batch.pop(name) for name in _ACROSS if name in batch}
+        hidden, states = run_model(self.forward, self.student_head, batch)
+        return self.losses(hidden, states, labels, num_items, batch, teachers)
 
     @torch.compiler.disable  # closed-form gradients, nothing to fuse
     def losses(
@@ -275,18 +292,21 @@ class _Objective:
         labels: Tensor,
         num_items: Tensor | None,
         batch: Mapping[str, Tensor],
+        teachers: Mapping[str, Tensor],
     ) -> Tensor:
         """The weighted loss, a scalar; runs the teacher."""
         config = self.config
+        if self.across is not None and teachers:
+            return self._across_losses(hidden, labels, num_items, batch["input_ids"], teachers)
         teacher_hidden: Tensor | None = None
         teacher_states: tuple[Tensor, ...] = ()
         if self.teacher is not None and self.teacher_head is not None:
             with torch.no_grad():
-                teacher_hidden, teacher_states = _run(self.teacher, self.teacher_head, batch)
+                teacher_hidden, teacher_states = run_model(self.teacher, self.teacher_head, batch)
         with_kl = self.teacher is not None and config.kl > 0
         loss, ce, kl, _ = distillation_loss(
             hidden,
-            _unhooked(self.student_head),
+            unhooked(self.student_head),
             teacher_hidden if with_kl else None,
             self.teacher_head if with_kl else None,
             labels,
@@ -311,6 +331,37 @@ class _Objective:
         self.terms = {"loss": loss.detach(), **terms}
         return loss
 
+    def _across_losses(
+        self, hidden: Tensor, labels: Tensor, num_items: Tensor | None, ids: Tensor, teachers: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The same for a teacher with another vocabulary, which reads its own tokens of the text."""
+        if self.across is None or self.teacher is None or self.teacher_head is None:
+            raise RecipeError("There is no teacher with another vocabulary.")
+        config, teacher_ids, mask, groups = self.config, *(teachers[name] for name in _ACROSS)
+        with torch.no_grad():
+            batch = {"input_ids": teacher_ids, "attention_mask": mask}
+            teacher_hidden, _ = run_model(self.teacher, self.teacher_head, batch)
+        found = cross_vocabulary_loss(
+            hidden,
+            unhooked(self.student_head),
+            teacher_hidden,
+            self.teacher_head,
+            labels,
+            ids,
+            teacher_ids,
+            groups,
+            self.across.pairs,
+            ce=config.ce,
+            kl=config.kl,
+            uld=self.across.uld,
+            divergence=config.divergence,
+            skew=config.skew,
+            temperature=config.temperature,
+            num_items=num_items,
+        )
+        self.terms = {"loss": found.loss.detach(), "ce": found.ce, "kl": found.kl, "uld": found.uld}
+        return found.loss
+
 
 @contextmanager
 def _redirected(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
@@ -324,36 +375,3 @@ def _redirected(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
             del vars(model)["forward"]
         else:
             vars(model)["forward"] = before
-
-
-def _head_of(model: PreTrainedModel) -> Head:
-    """Returns the head that turns ``hidden_states[-1]`` into logits, or an identity where that is not all (soft
-    capping, scaling): then the model's own logits are used."""
-    was_training, token = model.training, torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    model.eval()
-    with torch.no_grad():
-        hidden, head = hidden_and_head(model, token)
-        last = model(input_ids=token, use_cache=False, output_hidden_states=True).hidden_states[-1]
-    model.train(was_training)
-    plain = "logits_to_keep" in signature(type(model).forward).parameters
-    return head if plain and last.shape == hidden.shape and torch.allclose(last, hidden) else nn.Identity()
-
-
-def _unhooked(head: Head) -> Head:
-    """The same linear head without the hooks of FSDP 2, which gathered its weight for this forward already.
-
-    They count the calls of a group of modules, and expect one.
-    """
-    if not (isinstance(head, nn.Linear) and isinstance(head, FSDPModule)):
-        return head
-    plain = nn.Linear(1, 1, bias=False, device="meta")
-    plain.weight, plain.bias = head.weight, head.bias
-    return plain
-
-
-def _run(forward: Callable[..., Any], head: Head, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Calls a whole model; returns what `head` reads, (B, S, H), and all hidden states."""
-    whole = isinstance(head, nn.Identity)
-    few = {} if whole else {"logits_to_keep": 1}
-    outputs = forward(**batch, use_cache=False, output_hidden_states=True, **few)
-    return outputs.logits if whole else outputs.hidden_states[-1], outputs.hidden_states

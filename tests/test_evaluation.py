@@ -15,8 +15,9 @@ from tiny_models import FAMILIES, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from cbd_hub.data import train_tokenizer
 from cbd_hub.errors import RecipeError
-from cbd_hub.evaluation import Evaluation, evaluate_loss, plot_size_loss, render_progress
+from cbd_hub.evaluation import Evaluation, bits_per_byte, evaluate_loss, plot_size_loss, render_progress
 
 
 def make_blocks(rows: int = 5, length: int = 12) -> Tensor:
@@ -224,3 +225,15 @@ def test_plot_takes_any_data(series: dict, anchors: list, tmp_path: Path) -> Non
 def test_plot_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no point to plot"):
         plot_size_loss({}, [], tmp_path / "curve.png", "A chain")
+
+
+def test_bits_per_byte_by_hand() -> None:
+    tokenizer = train_tokenizer([{"text": "one two three, one two three. "}] * 20, 280)
+    text = "one two three. one three two, "
+    ids = tokenizer(text)["input_ids"]
+    blocks = torch.tensor([ids, ids])
+    result = Evaluation(loss=0.5, perplexity=math.exp(0.5), num_tokens=len(ids) - 1)  # the first block alone
+    size = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
+    assert bits_per_byte(result, blocks, tokenizer) == pytest.approx(0.5 * (len(ids) - 1) / math.log(2) / size)
+    with pytest.raises(RecipeError, match="no text"):
+        bits_per_byte(result, torch.tensor([[0, 0, 0]]), tokenizer)

@@ -1,0 +1,213 @@
+"""Founding a chain on a source of another architecture and vocabulary, with real small models and real text."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_recipe import TEXT, built_chain, digests
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from cbd_hub import Chain, from_chain
+from cbd_hub.bridge import BridgeConfig, Founding, choose, found
+from cbd_hub.build import build_chain
+from cbd_hub.cards import anchor_card, chain_card
+from cbd_hub.data import pack, train_tokenizer
+from cbd_hub.distill import DistillationConfig
+from cbd_hub.documents import DataConfig, load_documents
+from cbd_hub.errors import RecipeError
+from cbd_hub.evaluation import evaluate_loss
+from cbd_hub.recipe import load_recipe
+
+GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 64}
+TRAINING = {"tokens": 2048, "learning_rate": 3e-3, "batch_size": 4, "hidden": 0}
+
+
+@pytest.fixture(scope="module")
+def source() -> tuple[PreTrainedModel, Tokenizer]:
+    folder = built_chain()
+    model = AutoModelForCausalLM.from_pretrained(folder / "anchors" / Chain.from_pretrained(folder).anchors[0].name)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[dict[str, str]]:
+    rows = load_documents(DataConfig(text_files=str(TEXT / "180*.txt")), Path("/"))
+    return [{"text": row["text"]} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def founding(source: tuple[PreTrainedModel, Tokenizer], documents: list[dict[str, str]]) -> Founding:
+    tokenizer = train_tokenizer(documents, 420)
+    blocks = pack(Dataset.from_list(documents), tokenizer, 32)
+
+    def rows() -> Iterator[Mapping[str, str]]:
+        return iter(documents)
+
+    return Founding(
+        tokenizer=tokenizer,
+        train=blocks.select(range(200)),
+        validation=blocks.select(range(200, 216)),
+        calibration=torch.tensor(blocks[216:232]["input_ids"]),
+        documents=rows,
+        source_name="tiny",
+        source=source[0],
+        source_tokenizer=source[1],
+    )
+
+
+def setting(tmp_path: Path, **changes: Any) -> BridgeConfig:
+    base = {"architecture": "gpt2", "config": GPT2, "training": TRAINING, "cache": str(tmp_path / "cache")}
+    generation = {"documents": 24, "prompt_tokens": 8, "sampling": {"max_new_tokens": 24}}
+    return BridgeConfig.model_validate({**base, "generation": generation, **changes})
+
+
+def test_auto_takes_what_the_models_allow(founding: Founding, source: tuple[PreTrainedModel, Tokenizer]) -> None:
+    ways, why, report = choose(BridgeConfig(), founding)
+    assert ways == ["transplant", "logits"] and "%" in why and report is not None
+    assert 0.3 < report.student_frequency < 1
+
+    same = replace(founding, tokenizer=source[1])
+    ways, why, _ = choose(BridgeConfig(), same)
+    assert ways == ["transplant", "logits"] and "one vocabulary" in why
+    served = replace(founding, source=None, source_tokenizer=None)
+    assert choose(BridgeConfig(), served)[0] == ["seqkd"]
+    with pytest.raises(RecipeError, match="only text"):
+        choose(BridgeConfig(use=["logits"]), served)
+
+
+@pytest.mark.parametrize("use", [[], ["transplant"], ["logits"], ["seqkd"], ["transplant", "logits", "seqkd"]])
+def test_every_way_founds_a_model_of_the_new_kind(founding: Founding, tmp_path: Path, use: list[str]) -> None:
+    said: list[str] = []
+    model, training, made = found(
+        setting(tmp_path, use=use), founding, tmp_path / "work", say=said.append, progress=False
+    )
+    assert model.config.model_type == "gpt2" and model.config.vocab_size == len(founding.tokenizer)
+    assert training.start_loss is not None and training.best_loss is not None
+    assert training.best_loss < training.start_loss
+    assert evaluate_loss(model, founding.validation).loss == pytest.approx(training.best_loss, abs=1e-4)
+    assert made.use == use and made.source_architecture == "llama"
+    assert ("embeddings" in made.carried) is ("transplant" in use)
+    assert (made.generated_documents > 0) is ("seqkd" in use)
+    assert any("because" in text for text in said)
+
+
+def test_blocks_go_along_where_the_form_is_the_same(founding: Founding, tmp_path: Path) -> None:
+    small = {"num_hidden_layers": 2, "intermediate_size": 64}
+    kinds = {}
+    for use in ([], ["transplant"]):
+        config = setting(tmp_path, use=use, architecture=None, config=small)
+        model, training, made = found(config, founding, tmp_path / "work", progress=False)
+        assert model.config.num_hidden_layers == 2 and model.config.intermediate_size == 64
+        kinds[tuple(made.carried)] = training.start_loss
+    fresh, carried = kinds[()], kinds["embeddings", "blocks"]
+    assert fresh is not None and carried is not None and carried < fresh - 0.3
+
+
+def test_one_vocabulary_is_plain_distillation(
+    founding: Founding, source: tuple[PreTrainedModel, Tokenizer], documents: list[dict[str, str]], tmp_path: Path
+) -> None:
+    blocks = pack(Dataset.from_list(documents), source[1], 32)
+    on = replace(founding, tokenizer=source[1], train=blocks.select(range(200)), validation=blocks.select(range(8)))
+    config = setting(tmp_path, use=["logits"], training={**TRAINING, "ce": 0})
+    model, _, made = found(config, on, tmp_path / "work", progress=False)
+    assert made.vocabulary is not None and math.isclose(made.vocabulary["student_frequency"], 1.0)
+    rows = torch.tensor(blocks[300:316]["input_ids"])
+    with torch.no_grad():
+        p = source[0](rows).logits.log_softmax(-1)
+        near = (p.exp() * (p - model(rows).logits.log_softmax(-1))).sum(-1).mean()
+        far = (p.exp() * (p + math.log(len(source[1])))).sum(-1).mean()
+    assert near < 0.8 * far  # nearer to the source than knowing nothing
+
+
+def recipe(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    bridge = {"use": ["transplant", "logits"], "architecture": "gpt2", "config": GPT2, "training": TRAINING}
+    folder = built_chain() / "anchors" / Chain.from_pretrained(built_chain()).anchors[0].name
+    return {
+        "name": "bridged",
+        "license": "apache-2.0",
+        "source": {"model": str(folder)},
+        "tokenizer": {"vocab_size": 400},
+        "bridge": bridge,
+        "data": {"text_files": str(TEXT / "179*.txt"), "sequence_length": 32, "held_out_fraction": 0.2},
+        "anchors": [0.8],
+        "distillation": {"tokens": 1024, "learning_rate": 3e-3, "batch_size": 4},
+        "calibration_tokens": 512,
+        "evaluation": {"tokens": 600, "curve_points": 1},
+        **changes,
+    }
+
+
+def test_a_bridged_chain_gives_models_of_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chain = build_chain(recipe(tmp_path), tmp_path / "chain")
+    shown = capsys.readouterr()
+    assert "because the recipe says so" in shown.err and not shown.out
+    assert chain.manifest.architecture == "gpt2" and chain.manifest.bridge is not None
+    assert chain.manifest.bridge.use == ["transplant", "logits"]
+    assert chain.tokenizer is not None and chain.manifest.anchors[0].shape["vocab_size"] == len(chain.tokenizer)
+    small, large = (a.num_parameters for a in reversed(chain.manifest.anchors))
+    model = from_chain(str(tmp_path / "chain"), num_parameters=(small + large) // 2, tolerance=0.1)
+    assert model.config.model_type == "gpt2" and small < model.num_parameters() < large
+    for card in (str(chain_card(chain.manifest)), str(anchor_card(chain.manifest, chain.manifest.anchors[0]))):
+        assert "bridge" in card and "transplant" in card and "llama" in card
+    before = digests(tmp_path / "chain")
+    build_chain(recipe(tmp_path), tmp_path / "chain", progress=False)  # finished: nothing is made again
+    assert digests(tmp_path / "chain") == before
+    with pytest.raises(Exception, match="another recipe"):
+        changed = recipe(tmp_path, bridge={**recipe(tmp_path)["bridge"], "k": 3})
+        build_chain(changed, tmp_path / "chain", progress=False)
+
+
+def test_a_server_that_is_down_loses_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    server = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0, "timeout": 2}
+    generation = {"documents": 4, "sampling": {"max_new_tokens": 4}, "server": server}
+    bridge = {"architecture": "gpt2", "config": GPT2, "training": TRAINING, "generation": generation}
+    served = recipe(tmp_path, source={"served": "m"}, bridge=bridge, tokenizer=str(built_chain()))
+    with pytest.raises(RecipeError, match=r"127\.0\.0\.1"):
+        build_chain(served, tmp_path / "chain", progress=False)
+    assert not (tmp_path / "chain" / "chain.json").exists()
+    build_chain(
+        recipe(tmp_path, name="other"), tmp_path / "chain", resume=False, progress=False
+    )  # the folder is still a build's own
+    assert Chain.from_pretrained(tmp_path / "chain").manifest.name == "other"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"bridge": "never"}, ["bridge", "auto"]),
+        ({"bridge": ["transplant", "transplant"]}, ["twice"]),
+        ({"bridge": {"usee": "auto"}}, ["bridge.usee", "use"]),
+        ({"source": {"served": "m"}, "bridge": None}, ["bridge"]),
+        ({"source": {"served": "m"}, "bridge": "auto"}, ["bridge.generation.server"]),
+        ({"source": {"train": {}}, "bridge": "auto"}, ["bridge", "trained from scratch"]),
+    ],
+)
+def test_recipes_that_cannot_be(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(recipe(tmp_path, **changes))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_recipes_write_it_short(tmp_path: Path) -> None:
+    for short, use in (("auto", "auto"), (["logits"], ["logits"])):
+        loaded, _ = load_recipe(recipe(tmp_path, bridge=short))
+        assert loaded.bridge is not None and loaded.bridge.use == use
+    assert json.loads(loaded.model_dump_json())["bridge"]["use"] == ["logits"]
+
+
+def test_what_the_models_do_not_allow(founding: Founding, tmp_path: Path) -> None:
+    no_tokenizer = replace(founding, source_tokenizer=None)
+    with pytest.raises(RecipeError, match="no tokenizer"):
+        found(setting(tmp_path, use=["logits"]), no_tokenizer, tmp_path / "work", progress=False)
+    with pytest.raises(RecipeError, match="no gpt2 config"):
+        wrong = setting(tmp_path, use=[], config={"n_embd": "wide"})
+        found(wrong, founding, tmp_path / "work", progress=False)
+    assert DistillationConfig(**TRAINING).tokens == 2048
