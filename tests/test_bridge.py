@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from serve import serving
 from tiny_recipe import TEXT, built_chain, digests
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -96,6 +97,7 @@ def test_every_way_founds_a_model_of_the_new_kind(founding: Founding, tmp_path: 
     assert ("embeddings" in made.carried) is ("transplant" in use)
     assert (made.generated_documents > 0) is ("seqkd" in use)
     assert any("because" in text for text in said)
+    assert any("groups" in text for text in said) is ("logits" in use)
 
 
 def test_blocks_go_along_where_the_form_is_the_same(founding: Founding, tmp_path: Path) -> None:
@@ -177,6 +179,30 @@ def test_a_server_that_is_down_loses_nothing(tmp_path: Path) -> None:
         recipe(tmp_path, name="other"), tmp_path / "chain", resume=False, progress=False
     )  # the folder is still a build's own
     assert Chain.from_pretrained(tmp_path / "chain").manifest.name == "other"
+
+
+@pytest.mark.slow
+def test_a_served_source_founds_the_same_chain(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    pytest.importorskip("openai")
+    entry = Chain.from_pretrained(built_chain()).manifest.anchors[0]
+    folder = str(built_chain() / str(entry.subfolder))
+    sampling = {"max_new_tokens": 48, "temperature": 0}
+    generation = {"documents": 40, "prompt_tokens": 8, "sampling": sampling, "max_repetition": 1, "deduplicate": False}
+    bridge = {"use": ["seqkd"], "architecture": "gpt2", "config": GPT2, "training": TRAINING}
+    tokenizer = str(built_chain())  # for both: a served source's prompts are cut with the chain's own
+    weights = []
+    with serving(Path(folder), tmp_path / "serve.log") as base_url:
+        for name, source in (("here", {"model": folder}), ("served", {"served": folder})):
+            server = {"server": {"base_url": base_url, "model": folder}} if name == "served" else {}
+            bridge |= {"generation": {**generation, **server}, "cache": str(tmp_path / f"text-{name}")}
+            told = recipe(tmp_path, source=source, tokenizer=tokenizer, bridge=bridge)
+            chain = build_chain(told, tmp_path / name, progress=False)
+            assert chain.manifest.bridge is not None and chain.manifest.bridge.generated_documents > 3
+            weights.append({k: v for k, v in digests(tmp_path / name).items() if k.endswith(".safetensors")})
+    assert weights[0] == weights[1]
+    texts = [sorted(p.read_text() for p in (tmp_path / f"text-{n}").rglob("*.jsonl")) for n in ("here", "served")]
+    assert texts[0] == texts[1] and texts[0]
 
 
 @pytest.mark.parametrize(

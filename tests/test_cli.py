@@ -5,6 +5,7 @@ own (the installed entry point, tracebacks, progress bars, a stranger who loads 
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tiny_recipe import TEXT, built_chain, digests, tiny_recipe
 
 from cbd_hub.assemble import Chain
 from cbd_hub.cli import app, main
+from cbd_hub.data import train_tokenizer
 
 COMMAND = Path(sys.executable).with_name("cbd-hub")
 HELD_OUT = str(TEXT / "1800_john_adams_f.txt")
@@ -240,8 +242,20 @@ def test_eval_of_a_chain(run: Run) -> None:
     assert told.code == 0, told.err
     assert [row["name"] for row in told.json] == [a.name for a in chain.anchors]
     assert all(3 < row["loss"] < 5.7 and row["num_tokens"] > 1000 for row in told.json)
+    assert all(2 < row["bits_per_byte"] < row["loss"] / math.log(2) for row in told.json)  # tokens of over a byte
     table = run("eval", built_chain(), "--text", HELD_OUT, "--sequence-length", 32)
     assert all(f"{row['loss']:.4f}" in table.out for row in told.json)
+
+
+def test_vocabulary_compares_two_tokenizers(run: Run, tmp_path: Path) -> None:
+    other = train_tokenizer([{"text": Path(HELD_OUT).read_text(encoding="utf-8")}], 500)
+    other.save_pretrained(tmp_path / "other")
+    told = run("vocabulary", tmp_path / "other", built_chain(), "--text", HELD_OUT, "--json")
+    assert told.code == 0, told.err
+    assert told.json["student_size"] == 500 and 0.2 < told.json["student_frequency"] < 1 > told.json["token_ratio"]
+    table = run("vocabulary", tmp_path / "other", built_chain(), "--text", HELD_OUT)
+    assert f"{told.json['student_frequency']:.1%}" in table.out
+    assert "cannot be loaded" in failed(run("vocabulary", tmp_path / "none", built_chain(), "--text", HELD_OUT))
 
 
 def test_eval_of_an_anchor_folder(run: Run) -> None:

@@ -1,20 +1,17 @@
 """Real models in this process, a real ``transformers serve``, and a real server that misbehaves."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
 import torch
 from pydantic import ValidationError
+from serve import free_port, serving
 from tiny_models import tiny_config, tiny_model
 from tiny_text import make_documents
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -198,33 +195,12 @@ def folder(
     return place
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[str]:
     """The base_url of a real `transformers serve` process."""
     pytest.importorskip("fastapi")
-    port = free_port()
-    script = Path(sys.executable).with_name("transformers")
-    command = [script, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    log = folder / "serve.log"
-    with log.open("wb") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as process:
-        try:
-            for _ in range(600):
-                assert process.poll() is None, log.read_text()
-                try:
-                    urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.kill()
+    with serving(folder, folder / "serve.log") as base_url:
+        yield base_url
 
 
 @pytest.mark.parametrize("chat", [False, True])

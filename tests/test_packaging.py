@@ -2,12 +2,18 @@
 
 import configparser
 import importlib.metadata
+import json
 import os
+import runpy
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
+from make_chain import add_tokenizer, make_chain, variant_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = {"anchor.md.jinja", "chain.md.jinja", "model.md.jinja"}
@@ -56,27 +62,99 @@ def test_runtime_dependencies_are_installed_and_new_enough() -> None:
     assert run_python(code) == ""
 
 
-@pytest.mark.slow
-def test_wheel_carries_templates_and_types(tmp_path: Path) -> None:
-    source, wheels, target = tmp_path / "source", tmp_path / "wheels", tmp_path / "target"
-    tracked = ["setup.cfg", "pyproject.toml", "README.md", "LICENSE", *ROOT.glob("cbd_hub/*"), *ROOT.glob("cards/*")]
-    for path in (ROOT / name for name in tracked):
-        if path.is_file():  # a copy, so that nothing is written into the repository and nothing stale is packed
-            copy = source / path.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(source)]
-    subprocess.run(build, check=True)
-    (wheel,) = wheels.glob("cbd_hub-*-py3-none-any.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], check=True)
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    """Runs a program and returns what it printed; the checkout is not on its path."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env={**env, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
-    package = target / "cbd_hub"
-    assert (package / "py.typed").is_file()
-    assert {path.name for path in package.glob("*.py")} == {path.name for path in ROOT.glob("cbd_hub/*.py")}
-    templates = {path.name: path.read_text(encoding="utf-8") for path in (package / "cards").iterdir()}
-    assert templates == {name: (ROOT / "cards" / name).read_text(encoding="utf-8") for name in TEMPLATES}
-    assert next(target.glob("cbd_hub-*.dist-info/licenses/LICENSE")).is_file()
-    # Installed, the folder of templates must not hide the module of the same name.
-    home = run_python("import cbd_hub.cards; print(cbd_hub.cards.__file__)", PYTHONPATH=str(target))
-    assert Path(home) == package / "cards.py"
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what packages are built from, so that nothing is written into the checkout and nothing stale packed."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("cbd_hub", "cards"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def built(kind: str, source: Path, folder: Path) -> Path:
+    """The wheel or sdist of a source folder, built by the build backend itself."""
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
+    run(sys.executable, "-c", code, cwd=source)
+    (package,) = folder.glob("cbd_hub-*.whl" if kind == "wheel" else "cbd_hub-*.tar.gz")
+    return package
+
+
+def fresh_environment(folder: Path, package: Path) -> Path:
+    """A new environment with this package alone installed, which borrows the dependencies of the running one.
+
+    The borrowed folder comes last on the path, and its own ``.pth`` files (the editable install) are not read.
+    """
+    venv.create(folder, with_pip=False)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--quiet",
+        "--python",
+        folder / "bin" / "python",
+    ]
+    home = run(folder / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
+    Path(home.strip(), "borrowed.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    run(*pip, "install", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed", package, cwd=folder)
+    return folder / "bin"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_an_installed_package_runs_outside_the_checkout(kind: str, source: Path, tmp_path: Path) -> None:
+    package = built(kind, source, tmp_path)
+    programs = fresh_environment(tmp_path / "fresh", package)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def python(code: str) -> str:
+        return run(programs / "python", "-c", code, cwd=elsewhere).strip()
+
+    home = Path(python("import cbd_hub; print(cbd_hub.__path__[0])"))
+    assert home.is_relative_to(tmp_path / "fresh")
+    # Every file of the package and nothing else; the folder of templates must not hide the module of its name.
+    carried = {
+        path.relative_to(home).as_posix(): path for path in home.rglob("*.*") if "__pycache__" not in path.parts
+    }
+    expected = {path.relative_to(source / "cbd_hub").as_posix(): path for path in source.glob("cbd_hub/**/*.*")}
+    expected |= {f"cards/{name}": source / "cards" / name for name in TEMPLATES}
+    assert carried.keys() == expected.keys()
+    assert {"py.typed", "cards/chain.md.jinja", "task_files/boolq.yaml"} <= carried.keys()
+    assert all(path.read_bytes() == expected[name].read_bytes() for name, path in carried.items())
+    assert python("import cbd_hub.cards; print(cbd_hub.cards.__file__)") == str(home / "cards.py")
+    assert next(home.parent.glob("cbd_hub-*.dist-info/licenses/LICENSE")).is_file()
+
+    told = run(programs / "cbd-hub", "--help", cwd=elsewhere)
+    assert "from-chain" in told and "\x1b" not in told
+    facts = json.loads(run(programs / "cbd-hub", "env", "--json", cwd=elsewhere))
+    assert facts["cbd_hub"] == importlib.metadata.version("cbd_hub")
+    # A model with its card, from the installed templates.
+    chain = add_tokenizer(make_chain(tmp_path / "chain", variant_model("llama", vocab_size=300)))
+    size = json.loads((chain / "chain.json").read_text(encoding="utf-8"))["anchors"][1]["num_parameters"]
+    made = ("from-chain", chain, "--num-parameters", size, "--output", "model", "--json")
+    assert json.loads(run(programs / "cbd-hub", *made, cwd=elsewhere))["num_parameters"] == size
+    assert "library_name: transformers" in (elsewhere / "model" / "README.md").read_text(encoding="utf-8")
+
+
+def test_lower_bounds_become_constraints(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / ".ci" / "min_constraints.py"))
+    (tmp_path / "setup.cfg").write_text(
+        "[options]\ninstall_requires =\n    numpy>=2.0\n    torch>=2.6\n"
+        "[options.extras_require]\ntest =\n    pytest>=8.0\ndev =\n    %(test)s\n    mypy\n"
+    )
+    (tmp_path / "constraints.txt").write_text("# tested\ntorch==2.13.0\nnumpy==2.4.0\n")
+    assert script["constraints"](["dev"], tmp_path) == ["numpy==2.0", "pytest==8.0", "torch==2.13.0"]
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    assert len(script["constraints"]([])) == len(setup["options"]["install_requires"].split())
