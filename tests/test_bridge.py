@@ -188,11 +188,15 @@ def test_a_served_source_founds_the_same_chain(tmp_path: Path) -> None:
     pytest.importorskip("openai")
     folder, reader = str(tmp_path / "source"), AutoTokenizer.from_pretrained(built_chain())
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    tiny_model(tiny_config("llama", vocab_size=len(reader), **ids)).save_pretrained(folder)  # it babbles, never the same
+    tiny_model(tiny_config("llama", vocab_size=len(reader), **ids)).save_pretrained(
+        folder
+    )  # it babbles, never the same
     reader.save_pretrained(folder)
     data = {"text_files": str(TEXT / "18[0-2]*.txt"), "sequence_length": 32}
+    words = "the a this our one two war law trade peace money order people duty".split()
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{word} of the" for word in words))
     sampling = {"max_new_tokens": 48, "temperature": 0}
-    generation = {"documents": 40, "prompt_tokens": 8, "sampling": sampling, "max_repetition": 1}
+    generation = {"documents": 40, "prompts": str(tmp_path / "prompts.txt"), "sampling": sampling, "max_repetition": 1}
     bridge = {"use": ["seqkd"], "architecture": "gpt2", "config": GPT2, "training": TRAINING}
     tokenizer = str(built_chain())  # for both: a served source's prompts are cut with the chain's own
     weights = []
