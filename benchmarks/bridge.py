@@ -237,10 +237,31 @@ def measure(bench: Bench, name: str, seeds: list[int]) -> None:
     bench.keep(f"{name} | chain", goes_on)
 
 
-def write(bench: Bench) -> None:
+def arms(found: dict[str, Any], name: str, way: tuple[str, ...]) -> list[dict[str, Any]]:
+    """What was measured of one way, a seed each."""
+    label = " + ".join(way) or "corpus alone"
+    return [value for key, value in found.items() if key.startswith(f"{name} | {label} | seed")]
+
+
+def mean(rows: list[dict[str, Any]]) -> float:
+    """Bits a byte, over the seeds."""
+    return float(np.mean([row["bits"] for row in rows]))
+
+
+def lost(found: dict[str, Any]) -> list[tuple[str, str, float, float]]:
+    """The ways that ended above the corpus alone: chain, way, its bits a byte, those of the corpus alone."""
+    measured = [(name, way, arms(found, name, way), arms(found, name, ())) for name in CHAINS for way in WAYS if way]
+    return [
+        (name, " + ".join(way), mean(rows), mean(base))
+        for name, way, rows, base in measured
+        if rows and base and mean(rows) > mean(base)
+    ]
+
+
+def markdown(found: dict[str, Any]) -> str:
     """The tables, from the JSON alone."""
-    found = bench.found
     told = found["about"]
+    versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
     lines = [
         "# Bridges: founding a chain on a source of another kind",
         "",
@@ -248,33 +269,35 @@ def write(bench: Bench) -> None:
         f"Wikipedia) that chose nothing, {TEST_ROWS} blocks of {LENGTH} tokens. Source: SmolLM2-135M-Instruct"
         + (f", {found['source']:.3f}" if "source" in found else "")
         + f". Every arm was trained on {TOKENS:,} tokens in the chain's tokenizer. Mean and half of the range over "
-        "seeds 0 and 1 (¹: one seed). Seconds are of one shared core; writing the text for `seqkd`, once for all, is "
-        f"part of the first arm that uses it. {told}",
+        "the seeds (¹: seed 0 alone). Seconds are of one shared core; writing the text for `seqkd`, once for all, is "
+        f"part of the first arm that uses it. Machine: {told['machine']}; {versions}; commit {told['commit'][:10]}.",
     ]
     for name in CHAINS:
+        if not arms(found, name, ()):
+            continue
         lines += ["", f"## {name}", ""]
         if report := found.get(f"{name} | report"):
-            lines += ["| of the vocabularies | |", "|---|---|"]
-            for key, value in report.items():
-                shown = f"{value:.3f}" if isinstance(value, float) else " + ".join(value) if key == "auto" else value
-                lines.append(f"| {key.replace('_', ' ')} | {shown} |")
-            lines.append("")
+            lines += [
+                f"Of the corpus's tokens the source knows {report['student_frequency']:.1%} (of the vocabulary's "
+                f"{report['student_size']:,} entries {report['student_share']:.1%}); {report['token_ratio']:.2f} tokens "
+                f"for one of the source's. `auto` takes {' + '.join(report['auto'])}: {report['why']}.",
+                "",
+            ]
         lines += [
             "| anchor zero by | starts with | bits a byte | minus corpus alone | seconds |",
             "|---|---|---|---|---|",
         ]
-        base = [v for k, v in found.items() if k.startswith(f"{name} | corpus alone | seed")]
+        base = mean(arms(found, name, ()))
         for way in WAYS:
-            label = " + ".join(way) or "corpus alone"
-            rows = [v for k, v in found.items() if k.startswith(f"{name} | {label} | seed")]
-            if not rows:
+            if not (rows := arms(found, name, way)):
                 continue
-            bits = np.array([row["bits"] for row in rows])
-            spread = f" ±{np.ptp(bits) / 2:.3f}" if len(rows) > 1 else "¹"
-            gap = f"{bits.mean() - np.mean([row['bits'] for row in base]):+.3f}" if way else "–"
+            spread = f" ±{np.ptp([row['bits'] for row in rows]) / 2:.3f}" if len(rows) > 1 else "¹"
+            gap = f"{mean(rows) - base:+.3f}" if way else "–"
             seconds = " / ".join(f"{row['seconds']:.0f}" for row in rows)
             start = ", ".join(rows[0]["carried"]) or "random weights"
-            lines.append(f"| {label} | {start} | {bits.mean():.3f}{spread} | {gap} | {seconds} |")
+            lines.append(
+                f"| {' + '.join(way) or 'corpus alone'} | {start} | {mean(rows):.3f}{spread} | {gap} | {seconds} |"
+            )
         if chain := found.get(f"{name} | chain"):
             lines += ["", "| the chain that goes on (transplant + logits, seed 0) | parameters | bits a byte |"]
             lines += ["|---|---|---|"]
@@ -284,7 +307,7 @@ def write(bench: Bench) -> None:
                 f"| the same shape from scratch, {TOKENS + ANCHOR_TOKENS:,} tokens | "
                 f"{chain['scratch_parameters']:,} | {chain['scratch']:.3f} |"
             )
-    (bench.path.with_suffix(".md")).write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -298,8 +321,8 @@ def main() -> None:
     bench = Bench(options.results)
     for name in [] if options.only else options.chain or CHAINS:
         measure(bench, name, options.seeds)
-    write(bench)
-    print(bench.path.with_suffix(".md").read_text())
+    bench.path.with_suffix(".md").write_text(markdown(bench.found))
+    print(markdown(bench.found))
 
 
 if __name__ == "__main__":

@@ -229,10 +229,35 @@ def losses(data: Any, root: Path) -> tuple[list[str], list[Row]]:
     return [*lines, "", *script.table(data["rows"]).splitlines(), ""], lost
 
 
+def bridge(data: Any, root: Path) -> tuple[list[str], list[Row]]:
+    """Anchor zero by every way."""
+    import bridge as script
+
+    text = script.markdown(data)
+    lost = [
+        ("bridge", f"{name}: {way}", f"{value:.3f}", "corpus alone", f"{base:.3f}")
+        for name, way, value, base in script.lost(data)
+    ]
+    lines = ["## Bridges: another architecture, another vocabulary", "", "`python benchmarks/bridge.py`."]
+    return [*lines, "", *text.split("\n\n", 1)[1].replace("\n## ", "\n### ").splitlines(), ""], lost
+
+
+def downstream(data: Any, root: Path) -> tuple[list[str], list[Row]]:
+    """Tasks and summaries of the SmolLM2 chain, from the page beside the figures."""
+    page = root / "docs" / "results" / "downstream.md"
+    lines = ["## Downstream: tasks and summaries", "", "`python benchmarks/downstream.py`"]
+    if not page.is_file():
+        return [*lines[:2], f"{lines[2]}: figures in [downstream.json](results/downstream.json).", ""], []
+    found = first_table(page.read_text(encoding="utf-8"))
+    return [*lines[:2], f"{lines[2]}; [all of it](results/downstream.md).", "", *found], []
+
+
 PARTS: dict[str, Callable[[Any, Path], tuple[list[str], list[Row]]]] = {
     "quickstart": quickstart,
     "smollm2": smollm2,
     "quality": quality,
+    "downstream": downstream,
+    "bridge": bridge,
     "rules": rules,
     "align": align,
     "speed": speed,
@@ -242,13 +267,14 @@ PARTS: dict[str, Callable[[Any, Path], tuple[list[str], list[Row]]]] = {
 }
 REASONS = {
     "quickstart": "",
-    "SmolLM2": "probably the few tokens: an anchor distilled on 32k of them is still far from its teacher, so a model "
+    "SmolLM2": "probably the few tokens: an anchor distilled on 64k of them is still far from its teacher, so a model "
     "that takes its weights starts behind one that is cut from the large anchor and refitted on the text",
     "SmolLM2, controls": "the first had a training of its own for that one size, the others cross-entropy on the "
     "text, which teaches the text; the [design notes](design-notes.md#anchors-are-aligned-by-construction) say more",
     "rules": "one seed, gaps of thousandths: noise, or a small anchor so near that nothing is to be added",
     "alignment": "models trained apart keep a barrier after alignment. Such a pair is not averaged by `auto`",
     "speed": "every byte is checked against a digest, and what is averaged is averaged in float32",
+    "bridge": "the text is not the corpus's: what is held out is of the corpus",
     "training": "",
     "chunked loss": "",
 }
