@@ -49,8 +49,8 @@ WAYS: tuple[tuple[str, ...], ...] = (
     (),
     ("transplant",),
     ("logits",),
-    ("seqkd",),
     ("transplant", "logits"),
+    ("seqkd",),
     ("transplant", "seqkd"),
     ("seqkd", "logits"),
     ("transplant", "seqkd", "logits"),
@@ -167,7 +167,7 @@ def settings(kind: dict[str, Any], ways: tuple[str, ...], seed: int, tokens: int
     )
 
 
-def measure(bench: Bench, name: str, seeds: list[int]) -> None:
+def measure(bench: Bench, name: str, seeds: list[int], most: int | None) -> None:
     """All arms of one chain, and the chain that goes on."""
     kind = CHAINS[name]
     tokenizer = gpt2_tokenizer() if kind["architecture"] == "gpt2" else corpus_tokenizer()
@@ -203,7 +203,7 @@ def measure(bench: Bench, name: str, seeds: list[int]) -> None:
         }
 
     for seed in seeds:
-        for way in WAYS:
+        for way in WAYS if most is None else WAYS[:most]:
             bench.keep(f"{name} | {' + '.join(way) or 'corpus alone'} | seed {seed}", lambda w=way, s=seed: arm(w, s))
 
     def goes_on() -> dict[str, Any]:
@@ -279,8 +279,8 @@ def markdown(found: dict[str, Any]) -> str:
         if report := found.get(f"{name} | report"):
             lines += [
                 f"Of the corpus's tokens the source knows {report['student_frequency']:.1%} (of the vocabulary's "
-                f"{report['student_size']:,} entries {report['student_share']:.1%}); {report['token_ratio']:.2f} tokens "
-                f"for one of the source's. `auto` takes {' + '.join(report['auto'])}: {report['why']}.",
+                f"{report['student_size']:,} entries {report['student_share']:.1%}); {report['token_ratio']:.2f} "
+                f"tokens for one of the source's. `auto` takes {' + '.join(report['auto'])}: {report['why']}.",
                 "",
             ]
         lines += [
@@ -315,12 +315,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--chain", choices=sorted(CHAINS), action="append")
+    parser.add_argument("--ways", type=int, help="only the first so many ways")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", choices=("tables",))
     options = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
     bench = Bench(options.results)
     for name in [] if options.only else options.chain or CHAINS:
-        measure(bench, name, options.seeds)
+        measure(bench, name, options.seeds, options.ways)
     bench.path.with_suffix(".md").write_text(markdown(bench.found))
     print(markdown(bench.found))
 

@@ -328,6 +328,39 @@ def eval_command(
             sys.stdout.write(f"{cut} items of {task} were longer than the context and lost their beginning\n")
 
 
+@app.command("app")
+def app_command(
+    chain: ChainArgument,
+    port: Annotated[
+        int | None, typer.Option(help="Port on this machine; by default the first free one from 7860.")
+    ] = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="Make a public link, for 72 hours, through gradio.live.")
+    ] = False,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open the page.")] = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Opens a page to look at a chain: choose a size, build it, hear it write beside its anchors.
+
+    Example: cbd-hub app my-chain
+    """
+    from cbd_hub.app import launch
+
+    launch(
+        chain,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        port=port,
+        share=share,
+        browser=not no_browser,
+    )
+
+
 @app.command()
 def env(as_json: Json = False) -> None:
     """Prints versions and settings, for bug reports.

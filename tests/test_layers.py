@@ -67,6 +67,8 @@ ORDER = [
     "compare",
     "ingredients",
     "build",
+    "app_data",
+    "app",
     "cli_options",
     "cli",
     "__main__",
