@@ -1,4 +1,4 @@
-"""The options that several commands have, and what is done with them before a command runs."""
+"""The command line as a whole, the options that several commands have, and what is done with them first."""
 
 import json
 import sys
@@ -9,22 +9,24 @@ import typer
 if TYPE_CHECKING:
     from cbd_hub.assemble import Chain
 
-__all__ = [
-    "Alpha",
-    "CacheDir",
-    "ChainArgument",
-    "Json",
-    "LocalOnly",
-    "Method",
-    "Revision",
-    "ShapeOption",
-    "Size",
-    "Token",
-    "Tolerance",
-    "open_chain",
-    "print_json",
-    "read_shape",
-]
+__all__ = ["app", "open_chain", "print_json", "read_shape"]
+
+app = typer.Typer(
+    name="cbd-hub",
+    help="Chain-based distillation: build a chain of anchors, and make a model of any size from it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+"""The command line as a Typer application; the entry point is :func:`main`."""
+
+
+@app.callback()
+def _options(
+    context: typer.Context, debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False
+) -> None:
+    context.obj = {"debug": debug}
+
 
 ChainArgument = Annotated[
     str, typer.Argument(help="A Hub repo id, or a folder that holds chain.json.", metavar="CHAIN")

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 __all__ = ["Barrier", "Bridge", "CurvePoint", "Evaluation", "PositiveInt", "Strict", "Training"]
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**50)]
+"""A count that no file can drive into the impossible."""
 
 
 class Strict(BaseModel):

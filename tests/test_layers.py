@@ -46,8 +46,8 @@ ORDER = [
     "cross_vocabulary",
     "evaluation",
     "matching_pursuit",
-    "transplant",
     "carry",
+    "transplant",
     "refit",
     "refine",
     "assemble",
@@ -70,6 +70,8 @@ ORDER = [
     "app_data",
     "app",
     "cli_options",
+    "cli_chains",
+    "cli_models",
     "cli",
     "__main__",
 ]

@@ -1,0 +1,158 @@
+"""Commands about models: measure them, compare their vocabularies, look at them."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from cbd_hub.cli_options import CacheDir, ChainArgument, Json, LocalOnly, Revision, Token, app, print_json
+
+__all__ = ["app_command", "env", "eval_command", "vocabulary"]
+
+
+@app.command()
+def vocabulary(
+    chain_tokenizer: Annotated[str, typer.Argument(help="Tokenizer of the chain: a folder or a repo id.")],
+    source_tokenizer: Annotated[str, typer.Argument(help="Tokenizer of the source: a folder or a repo id.")],
+    text: Annotated[list[Path], typer.Option(help="UTF-8 text to count on; may be repeated.")],
+    as_json: Json = False,
+    token: Token = None,
+) -> None:
+    """Compares two vocabularies: what a bridge from one to the other has to go by.
+
+    Example: cbd-hub vocabulary my-chain org/source-model --text corpus.txt
+    """
+    from cbd_hub.compare import compare_tokenizers
+
+    report = compare_tokenizers(chain_tokenizer, source_tokenizer, text, token=token)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        sys.stdout.write(f"{report}\n")
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="A model (folder or repo id) or a chain.", metavar="MODEL_OR_CHAIN")],
+    text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to measure on; may be repeated.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a block.", min=2)] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.", min=1)] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Or tasks, comma-separated: boolq, piqa, openbookqa, commonsense_qa.")
+    ] = None,
+    items: Annotated[Path, typer.Option(help="Folder of the tasks' JSONL files.")] = Path("eval-items"),
+    limit: Annotated[int | None, typer.Option(help="Only the first so many items of each task.", min=1)] = None,
+    as_json: Json = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Measures perplexity on text, or accuracy on tasks: of one model, or of every anchor of a chain.
+
+    Example: cbd-hub eval my-chain --text held-out.txt
+    """
+    from cbd_hub.compare import evaluate_on_tasks, evaluate_on_text
+
+    if text and tasks:
+        raise typer.BadParameter("give --text or --tasks, not both")
+    where: dict[str, Any] = {
+        "progress": not as_json,
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        rows = evaluate_on_tasks(model, names, items, limit=limit, **where)
+    else:
+        rows = evaluate_on_text(model, text or [], sequence_length=sequence_length, max_tokens=max_tokens, **where)
+    if as_json:
+        print_json(rows)
+        return
+    columns = (
+        ["task", "metric", "value", "items"]
+        if tasks
+        else ["loss (nats a token)", "perplexity", "bits a byte", "tokens"]
+    )
+    table = Table(Column("model", overflow="fold"), "parameters", *columns)
+    for row in rows:
+        if tasks:
+            error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+            cells = [row["task"], row["metric"], f"{row['value']:.4f}{error}", f"{row['items']:,}"]
+        else:
+            bits = f"{row['bits_per_byte']:.4f}"
+            cells = [f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", bits, f"{row['num_tokens']:,}"]
+        table.add_row(escape(row["name"]), f"{row['num_parameters']:,}", *cells)
+    Console().print(table)
+    if tasks:
+        sys.stdout.write("zero-shot; ± is one standard error, over items\n")
+        for task, cut in {row["task"]: row["truncated"] for row in rows if row["truncated"]}.items():
+            sys.stdout.write(f"{cut} items of {task} were longer than the context and lost their beginning\n")
+
+
+@app.command("app")
+def app_command(
+    chain: ChainArgument,
+    port: Annotated[
+        int | None, typer.Option(help="Port on this machine; by default the first free one from 7860.")
+    ] = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="Make a public link, for 72 hours, through gradio.live.")
+    ] = False,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open the page.")] = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Opens a page to look at a chain: choose a size, build it, hear it write beside its anchors.
+
+    Example: cbd-hub app my-chain
+    """
+    from cbd_hub.app import launch
+
+    launch(
+        chain,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        port=port,
+        share=share,
+        browser=not no_browser,
+    )
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Prints versions and settings, for bug reports.
+
+    Example: cbd-hub env --json
+    """
+    libraries = ["cbd_hub", "torch", "transformers", "huggingface_hub", "safetensors", "datasets", "accelerate"]
+    facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for library in libraries:
+        try:
+            facts[library] = version(library)
+        except PackageNotFoundError:
+            facts[library] = "not installed"
+    import torch
+
+    facts["accelerator"] = (
+        str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "none (CPU)"
+    )
+    facts |= {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT") if name in os.environ}
+    if as_json:
+        print_json(facts)
+    else:
+        for name, value in facts.items():
+            sys.stdout.write(f"- {name}: {value}\n")
