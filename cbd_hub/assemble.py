@@ -283,8 +283,8 @@ class Chain:
             "method": plan.method,
             "version": version("cbd_hub"),
         }
-        model.config._name_or_path = place
-        model.name_or_path = place
+        named = "" if self.location.is_local else place  # cards would take a local chain's name for a repository
+        model.config._name_or_path = model.name_or_path = named
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies the whole chain, anchors included, into an empty folder, from which it can be used offline.

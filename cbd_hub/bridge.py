@@ -55,6 +55,7 @@ from cbd_hub.vocabulary import Pairs, Vocabulary, VocabularyReport, compare_voca
 __all__ = ["BridgeConfig", "BridgeSetting", "Founding", "Way", "choose", "found"]
 
 Way = Literal["transplant", "logits", "seqkd"]
+"""One means of founding anchor zero; see the top of this module."""
 
 SHARED_ENOUGH = 0.3
 """Share of the corpus's tokens that the source must know too, for ``auto`` to compare predictions."""

@@ -1,4 +1,4 @@
-"""Commands about models: measure them, compare their vocabularies, look at them."""
+"""Commands about models: measure them, train them further, compare their vocabularies, look at them."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from cbd_hub.cli_options import CacheDir, ChainArgument, Json, LocalOnly, Revision, Token, app, print_json
 
-__all__ = ["app_command", "env", "eval_command", "vocabulary"]
+__all__ = ["app_command", "env", "eval_command", "recover", "vocabulary"]
 
 
 @app.command()
@@ -97,6 +97,53 @@ def eval_command(
         sys.stdout.write("zero-shot; ± is one standard error, over items\n")
         for task, cut in {row["task"]: row["truncated"] for row in rows if row["truncated"]}.items():
             sys.stdout.write(f"{cut} items of {task} were longer than the context and lost their beginning\n")
+
+
+@app.command()
+def recover(
+    model: Annotated[str, typer.Argument(help="A model made from a chain: a folder or a repo id.", metavar="MODEL")],
+    text: Annotated[list[str], typer.Option(help="UTF-8 text, a file or a quoted pattern; may be repeated.")],
+    output: Annotated[Path, typer.Option(help="A new or empty folder for the model and its curve.")],
+    tokens: Annotated[str, typer.Option(help="Training tokens, e.g. 5M.")] = "1M",
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak rate; 1e-4 for 100M parameters, 1e-3 for tiny ones.")
+    ] = 1e-4,
+    teacher: Annotated[
+        str | None, typer.Option(help="Learn from this model, or a chain's largest anchor, too.")
+    ] = None,
+    against_scratch: Annotated[
+        bool, typer.Option("--against-scratch", help="Train the same shape from random weights as well.")
+    ] = False,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a block; by default at most 512.", min=2)] = None,
+    batch_size: Annotated[int, typer.Option(help="Blocks a step.", min=1)] = 8,
+    as_json: Json = False,
+) -> None:
+    """Trains a model from a chain a little further on text, and draws its curve.
+
+    Example: cbd-hub recover my-model --text 'corpus/*.txt' --output recovered --tokens 5M --teacher my-chain
+    """
+    from cbd_hub.recover import recover_on_text
+
+    found = recover_on_text(
+        model,
+        text,
+        output,
+        tokens=tokens,
+        learning_rate=learning_rate,
+        teacher=teacher,
+        against_scratch=against_scratch,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        progress=not as_json,
+    )
+    if as_json:
+        print_json({name: result.as_dict() for name, result in found.items()})
+        return
+    table = Table(Column("model", overflow="fold"), "tokens", "loss before", "loss after")
+    for name, result in found.items():
+        table.add_row(name, f"{result.training.tokens:,}", f"{result.start_loss:.4f}", f"{result.final_loss:.4f}")
+    Console().print(table)
+    sys.stdout.write(f"losses in nats a token, on held-out text; written to {output}\n")
 
 
 @app.command("app")

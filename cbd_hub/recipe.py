@@ -220,8 +220,10 @@ class Recipe(_Strict):
                 raise ValueError("`bridge.generation.server` is missing: it says where the served source is")
             if self.tokenizer is None:
                 raise ValueError("`tokenizer` is missing: a served source has none to take over")
-        trains = self.source.train is not None or self.bridge is not None or any(
-            (self.distillation.tokens if a.tokens is None else a.tokens) > 0 for a in self.anchors
+        trains = (
+            self.source.train is not None
+            or self.bridge is not None
+            or any((self.distillation.tokens if a.tokens is None else a.tokens) > 0 for a in self.anchors)
         )
         if trains and self.data is None:
             raise ValueError(

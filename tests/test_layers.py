@@ -61,6 +61,7 @@ ORDER = [
     "forwards",
     "trainer",
     "distill",
+    "recover",
     "bridge",
     "recipe",
     "tasks",
