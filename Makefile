@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 DEPENDENCIES := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help quickstart test test-all quality format docs clean distclean
+.PHONY: help quickstart test test-all test-min quality format docs clean distclean
 .PHONY: bench bench-quality bench-speed bench-train bench-rules bench-results bench-check
 
 help:
@@ -15,7 +15,8 @@ help:
 	@echo "format      let ruff format and mend what it can"
 	@echo "bench       the benchmarks, one after another (hours); bench-quality, -speed, -train, -rules: some of them"
 	@echo "bench-check whether docs and README say what the figures in docs/results say"
-	@echo "docs        check the links of README.md and docs/"
+	@echo "docs        check the links of README.md and docs/, and build the site into site/"
+	@echo "test-min    the quick tests with the oldest dependencies that setup.cfg allows, in .venv-min"
 	@echo "clean       remove caches and outputs (distclean: .venv as well)"
 
 # $(call install,EXTRA): an environment with the package, editable, and one extra.
@@ -42,6 +43,18 @@ test: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	$(RUN) -m pytest -n 2 -m ""
+
+# An environment of its own, with the declared lower bound of everything.
+MIN := .venv-min
+$(MIN)/.installed: $(DEPENDENCIES) .ci/min_constraints.py
+	@test -x $(MIN)/bin/python || $(PYTHON) -m venv $(MIN)
+	$(MIN)/bin/python .ci/min_constraints.py test > $(MIN)/constraints.txt
+	$(MIN)/bin/python -m pip install -qq --disable-pip-version-check -c $(MIN)/constraints.txt -e '.[test]'
+	@touch $@
+
+test-min: export OMP_NUM_THREADS = 1
+test-min: $(MIN)/.installed
+	$(MIN)/bin/python -m pytest -n 2
 
 quality: $(VENV)/.installed-dev
 	$(RUN) -m ruff format --check .
@@ -77,12 +90,18 @@ bench-results: $(VENV)/.installed-test
 bench-check: $(VENV)/.installed-test
 	$(RUN) benchmarks/results.py --check
 
-docs:
-	$(PYTHON) .ci/check_links.py README.md CONTRIBUTING.md CHANGELOG.md docs examples
+$(VENV)/.installed-docs: docs/requirements.txt | $(VENV)/.installed-test
+	@echo "Installing docs/requirements.txt into $(VENV) ..."
+	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt -r docs/requirements.txt
+	@touch $@
+
+docs: $(VENV)/.installed-docs
+	$(RUN) .ci/check_links.py README.md CONTRIBUTING.md CHANGELOG.md docs examples
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 clean:
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache quickstart-output
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./$(MIN) \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(MIN)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,8 @@ __all__ = ["app", "open_chain", "print_json", "read_shape"]
 app = typer.Typer(
     name="cbd-hub",
     help="Chain-based distillation: build a chain of anchors, and make a model of any size from it.",
+    epilog="First steps: cbd-hub plan CHAIN --num-parameters 138M shows what would be made; cbd-hub from-chain CHAIN "
+    "--num-parameters 138M --output my-model makes it. CHAIN is a Hub repo id or a folder.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -21,9 +24,19 @@ app = typer.Typer(
 """The command line as a Typer application; the entry point is :func:`main`."""
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"cbd-hub {version('cbd_hub')}\n")
+        raise typer.Exit()
+
+
 @app.callback()
 def _options(
-    context: typer.Context, debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     context.obj = {"debug": debug}
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,6 +246,12 @@ def test_eval_of_a_chain(run: Run) -> None:
     assert all(2 < row["bits_per_byte"] < row["loss"] / math.log(2) for row in told.json)  # tokens of over a byte
     table = run("eval", built_chain(), "--text", HELD_OUT, "--sequence-length", 32)
     assert all(f"{row['loss']:.4f}" in table.out for row in told.json)
+
+
+def test_version_and_first_steps(run: Run) -> None:
+    assert run("--version").out == f"cbd-hub {version('cbd_hub')}\n"
+    told = " ".join(run("--help").out.split())
+    assert "First steps: cbd-hub plan CHAIN" in told and "recover" in told
 
 
 def test_vocabulary_compares_two_tokenizers(run: Run, tmp_path: Path) -> None:

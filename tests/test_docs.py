@@ -1,8 +1,8 @@
 """The pages of docs/ are true: their Python runs, their links lead somewhere, their commands are the program's.
 
 ``my-chain`` of the pages is a random Llama of the quickstart's size, with two anchors cut out of it, and
-``my-name/my-chain`` the same chain on the loopback Hub. The blocks of one page run in one process, as a reader would run them. A block
-that opens with ```` ```python no-run ```` is not run.
+``my-name/my-chain`` the same chain on the loopback Hub. The blocks of one page run in one process, as a reader would
+run them. A block that opens with ```` ```python no-run ```` is not run.
 """
 
 import json
@@ -155,7 +155,7 @@ def test_pictures_are_drawn_the_same_twice(tmp_path: Path) -> None:
     script: dict[str, Any] = runpy.run_path(str(DOCS / "pictures.py"))
     for folder in ("one", "two"):
         script["main"](tmp_path / folder)
-    assert set(script["PICTURES"]) == {path.name for path in (DOCS / "img").iterdir()}
+    assert set(script["PICTURES"]) <= {path.name for path in (DOCS / "img").iterdir()}
     for name in script["PICTURES"]:
         drawn = (tmp_path / "one" / name).read_bytes()
         assert drawn.startswith(b"\x89PNG") and drawn == (tmp_path / "two" / name).read_bytes()

@@ -72,7 +72,7 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what packages are built from, so that nothing is written into the checkout and nothing stale packed."""
+    """A copy of what packages are built from, so that the checkout stays as it is and nothing stale is packed."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
