@@ -22,6 +22,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -134,6 +135,7 @@ class Founding:
     base: Path = Path()
     """Folder that relative paths start from."""
 
+    @cached_property
     def sample(self) -> list[str]:
         """The first two million characters of the training text, by document."""
         taken, total = [], 0
@@ -143,6 +145,27 @@ class Founding:
             if total >= _SAMPLE:
                 break
         return taken
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """The tokens that chain and source both have.
+
+        Raises:
+            RecipeError: The source has no tokenizer, or one of the two cannot spell every text.
+        """
+        if self.source_tokenizer is None:
+            raise RecipeError(f"the source {self.source_name!r} has no tokenizer")
+        return Pairs.between(Vocabulary.of(self.tokenizer), Vocabulary.of(self.source_tokenizer))
+
+    def compare(self) -> VocabularyReport:
+        """How the two vocabularies compare on the sample.
+
+        Raises:
+            RecipeError: As :attr:`pairs`.
+        """
+        if self.source_tokenizer is None:
+            raise RecipeError(f"the source {self.source_name!r} has no tokenizer")
+        return compare_vocabularies(self.tokenizer, self.source_tokenizer, self.sample)
 
 
 def choose(config: BridgeConfig, on: Founding) -> tuple[list[Way], str, VocabularyReport | None]:
@@ -162,10 +185,7 @@ def choose(config: BridgeConfig, on: Founding) -> tuple[list[Way], str, Vocabula
             )
         return ["seqkd"] if asked is None else asked, "the source is behind a server, which gives only text", None
     try:
-        if on.source_tokenizer is None:
-            raise RecipeError(f"the source {on.source_name!r} has no tokenizer")
-        pairs = Pairs.between(Vocabulary.of(on.tokenizer), Vocabulary.of(on.source_tokenizer))
-        report = compare_vocabularies(on.tokenizer, on.source_tokenizer, on.sample())
+        pairs, report = on.pairs, on.compare()
     except RecipeError as error:
         if on.source_tokenizer is None or (asked and set(asked) & {"logits", "transplant"}):
             raise
@@ -216,10 +236,9 @@ def found(
     across, teacher = None, None
     if "logits" in ways and on.source is not None and on.source_tokenizer is not None:
         teacher = on.source
-        pairs = Pairs.between(Vocabulary.of(on.tokenizer), Vocabulary.of(on.source_tokenizer))
         rows = on.source.config.get_text_config().vocab_size
-        if not (pairs.identical and rows == wanted.get_text_config().vocab_size):
-            across = Across(TokenAligner(on.tokenizer, on.source_tokenizer), pairs, config.uld)
+        if not (on.pairs.identical and rows == wanted.get_text_config().vocab_size):
+            across = Across(TokenAligner(on.tokenizer, on.source_tokenizer), on.pairs, config.uld)
     training = distill(
         model,
         teacher,
@@ -275,7 +294,7 @@ def _start(
         on.source,
         on.source_tokenizer,
         on.tokenizer,
-        on.sample(),
+        on.sample,
         method=config.embeddings,
         k=config.k,
         progress=progress,

@@ -22,12 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cbd_hub.carry import carry_blocks
 from cbd_hub.errors import RecipeError
 from cbd_hub.matching_pursuit import context_features, matching_pursuit
 from cbd_hub.vocabulary import Vocabulary
 
-__all__ = ["Method", "TransplantReport", "carry_blocks", "embeddings_into", "transplant_vocabulary"]
+__all__ = ["Method", "TransplantReport", "embeddings_into", "transplant_vocabulary"]
 
 Method = Literal["omp", "pieces", "random"]
 """How rows are made that cannot be copied: sparse combinations, means of pieces, or at random."""
