@@ -36,7 +36,6 @@ _KEPT = (
     0.6  # of what a mean of pieces is apart from the mean of all rows: a made row must not claim too much probability
 )
 _SPREAD = 0.1  # of the rows, that of one drawn where nothing is known
-_TextBytes = Sequence[bytes | None]
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,13 @@ def transplant_vocabulary(
     begin = time.monotonic()
     if method not in get_args(Method):
         raise RecipeError(f"Unknown method {method!r}; use one of {', '.join(get_args(Method))}.")
-    old_bytes, new_bytes = Vocabulary.of(tokenizer).tokens, Vocabulary.of(new_tokenizer).tokens
+    old, new_bytes = Vocabulary.of(tokenizer), Vocabulary.of(new_tokenizer).tokens
     size = len(new_bytes)
     if donor_embeddings is not None and len(donor_embeddings) != size:
         raise RecipeError(
             f"donor_embeddings has {len(donor_embeddings)} rows and the new tokenizer {size} tokens; pass a row each."
         )
-    shared = _shared_tokens(tokenizer, new_tokenizer, old_bytes, new_bytes)
+    shared = _shared_tokens(tokenizer, new_tokenizer, old, new_bytes)
     if not (shared >= 0).any():
         raise RecipeError(
             "The two vocabularies share no token, so there is nothing to start from; use a tokenizer that spells the "
@@ -136,9 +135,8 @@ def transplant_vocabulary(
     missing = (shared < 0).nonzero()[:, 0]
     spelled: list[list[int]] = [[] for _ in range(len(missing))]
     if method != "random":
-        table = {text: token for token, text in reversed([*enumerate(old_bytes)]) if text}
-        longest = max(map(len, table), default=0)
-        spelled = [_spell(new_bytes[token] or b"", table, longest) for token in missing.tolist()]
+        longest = max(map(len, old.ids), default=0)
+        spelled = [_spell(new_bytes[token] or b"", old.ids, longest) for token in missing.tolist()]
     solution = None
     if method == "omp" and len(missing):
         features, counts = _features(texts, new_tokenizer, size, donor_embeddings, seed)
@@ -279,20 +277,19 @@ def _take_over_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def _shared_tokens(
-    old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, old_bytes: _TextBytes, new_bytes: _TextBytes
+    old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, known: Vocabulary, new_bytes: Sequence[bytes | None]
 ) -> Tensor:
     """For each new token the source's row of the same token, (V_new,), or -1.
 
     Special tokens (no bytes) are the same if they are written alike, or else if they have the same role.
     """
-    names, new_names = (t.convert_ids_to_tokens(list(range(len(b)))) for t, b in ((old, old_bytes), (new, new_bytes)))
+    names, new_names = (t.convert_ids_to_tokens(list(range(len(b)))) for t, b in ((old, known), (new, new_bytes)))
     by_name = {name: token for token, name in enumerate(names)}
-    by_bytes = {text: token for token, text in reversed([*enumerate(old_bytes)]) if text is not None}
     shared = torch.full((len(new_bytes),), -1)
     for token, (name, text) in enumerate(zip(new_names, new_bytes, strict=True)):
         same = by_name.get(name, -1)
-        if same < 0 or old_bytes[same] != text:  # two tokens can spell the same bytes: the name tells them apart
-            same = -1 if text is None else by_bytes.get(text, -1)
+        if same < 0 or known.tokens[same] != text:  # two tokens can spell the same bytes: the name tells them apart
+            same = -1 if text is None else known.ids.get(text, -1)
         shared[token] = same
     for role in _ROLES:
         token, theirs = getattr(new, role), getattr(old, role)
