@@ -1,12 +1,13 @@
 """Reading safetensors lazily: headers first, then one tensor at a time, each byte range checked before it is trusted.
 
 The format is an 8-byte little-endian length, a JSON header ``{name: {dtype, shape, data_offsets}}`` and the data. The
-header alone tells whether a checkpoint fits a plan, so nothing else is read before that is settled. Tensors are read
-with plain positioned reads instead of a memory map: only what is being worked on is resident (0.63 GB against 1.40 GB
-for a 97M model), and a truncated file is an error instead of a crash.
+header alone tells whether a checkpoint fits a plan, so nothing else is read before that is settled. Each tensor is
+mapped by itself and unmapped when it is dropped, so only what is being worked on is resident (a map of whole files
+stays: 1.40 GB instead of .63 for a 97M model). A file that ends early is found before its end is touched.
 """
 
 import json
+import mmap
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -260,30 +261,35 @@ class Checkpoint:
                 raise IntegrityError(f"tensor {info.key!r} is stored as {info.dtype}; allowed: {', '.join(allowed)}")
 
     def read(self, name: str) -> torch.Tensor:
-        """Reads one parameter, in its stored dtype.
+        """Maps one parameter into memory, in its stored dtype.
 
-        Cost: one positioned read and one pass of XXH3; the tensor owns the only copy.
+        Returns:
+            A tensor on private pages of the file, which writing to it would copy. Copy what is to be kept: the pages
+            live as long as the tensor, and what stands in them depends on the file.
+
+        Cost: one pass of XXH3, which brings the pages in; no copy.
 
         Raises:
             IntegrityError: The file ends early, cannot be read, or the bytes do not fit their checksum.
         """
         info = self.tensors[name]
-        data = torch.empty(info.num_bytes, dtype=torch.uint8)
-        view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
+        skipped = info.start % mmap.ALLOCATIONGRANULARITY
         try:
-            with info.file.open("rb", buffering=0) as file:
-                file.seek(info.start)
-                while done < len(view) and (got := file.readinto(view[done:])):
-                    done += got
+            with info.file.open("rb") as file:
+                if os.fstat(file.fileno()).st_size < info.stop:
+                    raise _fail(info.file, f"ends inside tensor {info.key!r}")
+                first, length = info.start - skipped, skipped + info.num_bytes
+                pages = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=first) if length else b""
         except OSError as error:
             raise IntegrityError(f"{info.file} cannot be read: {os.strerror(error.errno or 0)}") from error
-        if done < len(view):
-            raise _fail(info.file, f"ends inside tensor {info.key!r}")
-        self.bytes_read += done
+        data = memoryview(pages)[skipped:]
+        self.bytes_read += len(data)
         sums = self._checksums
-        if sums is not None and not _intact(view, sums.get(info.key), self._partly.get(name)):
+        if sums is not None and not _intact(data, sums.get(info.key), self._partly.get(name)):
             raise _fail(info.file, f"does not hold what the manifest says of tensor {info.key!r} (checksum differs)")
-        return data.view(DTYPES[info.dtype]).view(info.shape)
+        if not data:
+            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        return torch.frombuffer(data, dtype=DTYPES[info.dtype]).view(info.shape)
 
 
 def _some(names: list[str]) -> str:

@@ -23,12 +23,12 @@ from cbd_hub.index_maps import IndexMap
 from cbd_hub.operations import TensorOp, taken_units
 from cbd_hub.plan import Plan, plan_subset
 from cbd_hub.sizing import Sizes
-from cbd_hub.tensors import blend, expand, rescale, take, weigh_unshared
+from cbd_hub.tensors import combine, expand, rescale
 
 __all__ = ["Read", "build_model", "cut", "make_tensor", "parse_dtype", "target_config", "whole_folder"]
 
 Read = Callable[[str], torch.Tensor]
-"""Reads one parameter of an anchor by its transformers name."""
+"""Reads one parameter of an anchor by its transformers name; the tensor is neither changed nor kept."""
 
 
 def make_tensor(
@@ -52,46 +52,21 @@ def make_tensor(
         dtype: What the result is cast to, once.
 
     Returns:
-        A contiguous tensor of shape ``op.shape`` that owns its memory.
+        A contiguous tensor of shape ``op.shape`` in fresh memory; what was read is not kept.
     """
     layout = axis_map.layout(op.pattern)
     offset = 1.0 if axis_map.norm == "rms+1" and op.pattern in axis_map.norms else 0.0
-    base: torch.Tensor | None = None
-    stored: torch.Tensor | None = None
-    if op.large:
-        base = stored = large[1](op.large)
-        taken = taken_units(op, axis_map, index_map, large[0], target)
-        if index_map is not None:
-            base = rescale(take(base, layout, large[0], taken), op.large_scale, offset)
-    if op.small:
-        addition = rescale(small[1](op.small), op.small_scale, offset)
-        if base is None:
-            base = expand(addition, layout, small[0], target, op.mean_axis)
-        else:
-            work = dtype if base.dtype == addition.dtype == dtype else torch.float32
-            base = _own(base, stored, work)
-            if op.own_weight != 1.0 and base.dim() == 2:
-                base = weigh_unshared(base, op.own_weight, layout, small[0], target)
-            if op.masked:
-                base = blend(base, addition, op.alpha, layout, small[0], target)
-            else:
-                zero_filled = expand(addition, layout, small[0], target)
-                base = blend(base, zero_filled, op.alpha, layout, target, target)
-    elif base is not None and op.masked:
-        base = rescale(base, op.own_weight, offset)
-    elif base is not None and op.alpha:  # the paper's rule for a block without a partner
-        base = rescale(base, 1 - op.alpha)
-    if base is None:
-        return torch.zeros(op.shape, dtype=dtype)
-    whole = base.to(dtype).contiguous()
-    return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
-
-
-def _own(tensor: torch.Tensor, stored: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in a dtype, contiguous, in memory that may be written to: a copy only where it is not so yet."""
-    made = tensor.to(dtype).contiguous()
-    shares = stored is not None and made.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()
-    return made.clone() if shares else made
+    addition = rescale(small[1](op.small), op.small_scale, offset) if op.small else None
+    out = torch.empty(op.shape, dtype=dtype)
+    if not op.large:
+        return out.zero_() if addition is None else out.copy_(expand(addition, layout, small[0], target, op.mean_axis))
+    taken = taken_units(op, axis_map, index_map, large[0], target)
+    base, factors, placed = large[1](op.large), [(op.large_scale, offset)], small[0]
+    if addition is None:  # the paper's rule takes a block without a partner for one whose partner is zero
+        factors.append((op.own_weight, offset) if op.masked else (1 - op.alpha, 0.0))
+    elif not op.masked:
+        addition, placed = expand(addition, layout, placed, target), target
+    return combine(out, base, layout, large[0], taken, target, factors, addition, placed, op.alpha, op.own_weight)
 
 
 def target_config(config: PreTrainedConfig, axis_map: AxisMap, plan: Plan) -> PreTrainedConfig:
@@ -170,7 +145,7 @@ def cut(model: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, i
     state = model.state_dict()
 
     def read(name: str) -> torch.Tensor:
-        return state[name].detach().cpu().clone()
+        return state[name].detach().cpu()
 
     tensors = {
         op.name: make_tensor(op, axis_map, index_map, (large, read), (small, read), small, model.dtype)

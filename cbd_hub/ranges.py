@@ -60,7 +60,7 @@ def _row_runs(rows: np.ndarray | None, shape: Sequence[int], item_bytes: int) ->
     size = shape[0] * row
     if rows is None:
         return [(0, size)]
-    ordered = np.unique(rows)
+    ordered = np.sort(rows)
     first, last = ordered * row // BLOCK, (ordered * row + row - 1) // BLOCK
     gaps = np.flatnonzero(first[1:] > last[:-1] + 1)
     starts, stops = first[np.r_[0, gaps + 1]], last[np.r_[gaps, len(last) - 1]]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from make_chain import labels
 
-from cbd_hub.axes import parse
+from cbd_hub import tensors
+from cbd_hub.axes import Layout, parse
 from cbd_hub.errors import AxisMapError
-from cbd_hub.tensors import blend, expand, rescale, take
+from cbd_hub.tensors import combine, expand, rescale, take
 
 LAYOUTS = [
     "hidden",
@@ -51,6 +52,21 @@ def random_tensor(spec: str, sizes: Mapping[str, int], seed: int, dtype: torch.d
     return torch.randn(parse(spec).shape(sizes), generator=generator, dtype=torch.float64).to(dtype)
 
 
+def blend(
+    large: torch.Tensor,
+    small: torch.Tensor,
+    alpha: float,
+    layout: Layout,
+    small_sizes: Mapping[str, int],
+    target: Mapping[str, int],
+) -> torch.Tensor:
+    """Averages with a large tensor that has the target's shape already."""
+    out, before = torch.empty_like(large), large.clone()
+    made = combine(out, large, layout, target, {}, target, (), small, small_sizes, alpha)
+    assert made is out and torch.equal(large, before)
+    return made
+
+
 @each_layout
 @each_seed
 def test_take(spec: str, seed: int) -> None:
@@ -77,7 +93,7 @@ def _in_large(label: tuple[tuple[str, int], ...], orders: Mapping[str, np.ndarra
 def test_blend(spec: str, seed: int, dtype: torch.dtype, alpha: float) -> None:
     small_sizes, target, _, _ = draw_sizes(f"{spec} {seed}")
     small, large = random_tensor(spec, small_sizes, seed, dtype), random_tensor(spec, target, seed + 100, dtype)
-    got = blend(large.clone(), small, alpha, parse(spec), small_sizes, target)
+    got = blend(large, small, alpha, parse(spec), small_sizes, target)
     assert got.dtype == dtype
     found = [{label: i for i, label in enumerate(dim)} for dim in labels(spec, small_sizes)]
     expected = large.float().numpy().copy()
@@ -130,15 +146,45 @@ def test_what_is_expanded_is_taken_back(spec: str) -> None:
 def test_the_ends_are_exact(dtype: torch.dtype) -> None:
     layout, sizes = parse("vocab hidden"), {"vocab": 50, "hidden": 30}
     large, small = random_tensor("vocab hidden", sizes, 0, dtype), random_tensor("vocab hidden", sizes, 1, dtype)
-    assert torch.equal(blend(large.clone(), small, 0.0, layout, sizes, sizes), large)
-    assert torch.equal(blend(large.clone(), small, 1.0, layout, sizes, sizes), small)
-    assert torch.equal(blend(large.clone(), large, 0.5, layout, sizes, sizes), large)
+    assert torch.equal(blend(large, small, 0.0, layout, sizes, sizes), large)
+    assert torch.equal(blend(large, small, 1.0, layout, sizes, sizes), small)
+    assert torch.equal(blend(large, large, 0.5, layout, sizes, sizes), large)
+
+
+@each_layout
+@each_seed
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("made", [torch.float32, torch.bfloat16])
+def test_piece_by_piece(
+    spec: str, seed: int, stored: torch.dtype, made: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row at a time or all at once, in any dtype: the same as taking, weighing and averaging whole tensors."""
+    layout, (small_sizes, target, sizes, orders) = parse(spec), draw_sizes(f"{spec} {seed}")
+    taken = {axis: order[: target[axis]] for axis, order in orders.items() if axis in layout.axes}
+    large, small = random_tensor(spec, sizes, seed, stored), random_tensor(spec, small_sizes, seed + 1, stored)
+    found = []
+    for size in (1, 1 << 19):
+        monkeypatch.setattr(tensors, "_CHUNK", size)
+        out = torch.full(layout.shape(target), torch.nan, dtype=made)
+        found.append(combine(out, large, layout, sizes, taken, target, [(0.5, 0.0)], small, small_sizes, 0.25, 0.75))
+    assert torch.equal(*found)
+    expected = 0.5 * take(large, layout, sizes, taken).double()
+    mine = expand(torch.ones_like(small), layout, small_sizes, target).bool()
+    matrix = len(layout.dims) == 2  # a bias has no units beside the stream's, and stacked experts are not weighed
+    for dim, parts in enumerate(layout.dims if matrix else ()):
+        if parts != (("hidden",),):
+            has = mine.any(1 - dim)
+            expected[(slice(None),) * dim + (~has,)] *= 0.75
+    expected[mine] = 0.75 * expected[mine] + 0.25 * small.double().flatten()
+    step = 2**-7 if torch.bfloat16 in (stored, made) else 1e-6
+    torch.testing.assert_close(found[0].double(), expected, rtol=step, atol=step)
 
 
 def test_large_tensors_are_blended_in_pieces() -> None:
     sizes, target = {"vocab": 3000, "hidden": 1500}, {"vocab": 3000, "hidden": 1600}
     small, large = random_tensor("vocab hidden", sizes, 0), random_tensor("vocab hidden", target, 1)
-    got = blend(large.clone(), small, 0.25, parse("vocab hidden"), sizes, target)
+    assert large.nbytes > 4 * tensors._CHUNK
+    got = blend(large, small, 0.25, parse("vocab hidden"), sizes, target)
     torch.testing.assert_close(got[:, :1500], 0.25 * small + 0.75 * large[:, :1500], rtol=0, atol=2e-6)
     assert torch.equal(got[:, 1500:], large[:, 1500:])
 
