@@ -5,6 +5,7 @@ then are weights read: each tensor once, blended in float32, cast once, and its 
 memory stays near the target's size plus the largest pair of source tensors.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -378,6 +379,10 @@ def from_chain(
     Returns:
         An ordinary transformers model in eval mode; ``config.cbd_hub`` tells its origin.
 
+    Warns:
+        UserWarning: What ``plan.notes`` says, such as anchors that are not aligned, or a size far from all that were
+            measured.
+
     Raises:
         SizeError: A size that cannot be had; the message names the range and the nearest size.
         ChainNotFoundError: No such chain, or no access to it.
@@ -386,4 +391,6 @@ def from_chain(
     """
     opened = Chain.from_pretrained(chain, revision, token, cache_dir, local_files_only, force_download)
     plan = opened.plan(num_parameters, shape=shape, alpha=alpha, method=method, tolerance=tolerance)
+    for note in plan.notes:
+        warnings.warn(note, stacklevel=2)
     return opened.initialize(plan, refine, dtype=dtype)

@@ -217,6 +217,8 @@ def from_chain_command(
         told = {"published": {"repo_id": published.repo_id, "commit": published.sha}} if published else {}
         print_json({**made.as_dict(), "output": str(output), **told})
     else:
+        for note in made.notes:
+            sys.stderr.write(f"note: {note}\n")
         sys.stdout.write(f"{made.num_parameters:,} parameters, {made.method}, written to {output}\n")
         if published:
             sys.stdout.write(f"published as {published.repo_id} at {published.sha}\n")

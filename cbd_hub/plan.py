@@ -30,6 +30,9 @@ EXPAND_BELOW = 0.45
 WHOLE_ABOVE = 0.9
 """Share of an anchor above which its files are fetched whole, into the ordinary cache."""
 
+FAR = 0.25
+"""Share of a pair's span: where no measured size is nearer, a plan says that its expected loss is a guess."""
+
 _SNAP = 0.001
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -184,6 +187,14 @@ def make_plan(
         own_weight = 1 - weight**2 if made_up_for else 1.0
         pair = manifest.sizes(small), manifest.sizes(large)
         operations = list_operations(axis_map, *pair, sizes, index_map, chosen, weight, own_weight)
+    expected = _expected_loss(manifest, count)
+    if expected is not None and chosen != "anchor":
+        nearest = min(_measured(manifest), key=lambda n: abs(n - count))
+        if abs(nearest - count) > FAR * span:
+            notes.append(
+                f"the loss was measured at no size nearer than {format_count(nearest)}; what is expected here is read "
+                "off a straight line"
+            )
     return Plan(
         shape=axis_map.config_fields(sizes),
         num_parameters=count,
@@ -195,7 +206,7 @@ def make_plan(
         operations=operations,
         bytes_to_read=_bytes(axis_map, manifest, small, large, operations),
         bytes_to_fetch=_fetch_bytes(manifest, needed_by(manifest, large, small, sizes, index_map, operations)),
-        expected_loss=_expected_loss(manifest, count),
+        expected_loss=expected,
         notes=tuple(notes),
         sizes=sizes,
         index_map=index_map,
@@ -327,11 +338,16 @@ def _fetch_bytes(manifest: Manifest, needed: Mapping[str, Mapping[str, list[Run]
     )
 
 
+def _measured(manifest: Manifest) -> dict[int, float]:
+    """Parameters → held-out loss, at the anchors and at the curve's points that ``auto`` would make alike."""
+    points = {p.num_parameters: p.loss for p in manifest.curve if p.method in ("auto", "interpolate")}
+    return points | {a.num_parameters: a.evaluation.loss for a in manifest.anchors if a.evaluation}
+
+
 def _expected_loss(manifest: Manifest, count: int) -> float | None:
-    """Straight lines between the measured sizes: the anchors themselves and the curve's ``interpolate`` points."""
+    """Straight lines between the measured sizes; None where an anchor was not measured."""
     if any(a.evaluation is None for a in manifest.anchors):
         return None
-    points = {p.num_parameters: p.loss for p in manifest.curve if p.method in ("auto", "interpolate")}
-    points |= {a.num_parameters: a.evaluation.loss for a in manifest.anchors if a.evaluation}
+    points = _measured(manifest)
     sizes = sorted(points)
     return float(np.interp(count, sizes, [points[n] for n in sizes]))

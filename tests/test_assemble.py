@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import torch
 from make_chain import add_calibration, edit_manifest, labels, make_chain, refresh, steps_for, variant_model
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, VARIANTS
+from tiny_models import VARIANTS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -139,10 +140,10 @@ def reload() -> Iterator[Callable[[Path], dict[str, Any]]]:
 
 
 @each_variant
+@pytest.mark.parametrize("sizes", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_any_size_is_a_plain_transformers_model(
-    chain_of: Callable[..., Path], tmp_path: Path, reload: Callable[[Path], dict[str, Any]], variant: str
+    chain_of: Callable[..., Path], tmp_path: Path, reload: Callable[[Path], dict[str, Any]], variant: str, sizes: int
 ) -> None:
-    sizes = 20 if variant in FAMILIES else 5
     for i in range(sizes):
         dtype = (torch.float32, torch.bfloat16)[i % 2]
         chain = Chain.from_pretrained(chain_of(variant, dtype))
@@ -845,3 +846,13 @@ def test_a_randomly_altered_header_is_refused_or_harmless(llama: Path) -> None:
             continue
         assert all(torch.equal(made[k], expected[k]) for k in expected)
     assert refused > 80
+
+
+def test_what_a_plan_notes_is_a_warning(tmp_path: Path) -> None:
+    folder = make_chain(tmp_path / "c", variant_model("llama"), width=False, aligned=False)
+    large, small = (anchor.num_parameters for anchor in Chain.from_pretrained(folder).anchors[:2])
+    with pytest.warns(UserWarning, match="are not aligned"):
+        from_chain(folder, round(0.3 * large + 0.7 * small))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_chain(folder, large)

@@ -17,6 +17,7 @@ from cbd_hub.chain import INDEX_MAPS_NAME, MANIFEST_NAME, read_manifest
 from cbd_hub.errors import AxisMapError, SizeError
 from cbd_hub.index_maps import IndexMap, load_index_maps
 from cbd_hub.plan import METHODS, Plan, make_plan, plan_subset
+from cbd_hub.records import CurvePoint, Evaluation
 from cbd_hub.sizing import count_parameters
 
 
@@ -83,6 +84,25 @@ def test_anchors_that_are_not_aligned_are_never_averaged(tmp_path: Path) -> None
         assert made.method == method
         assert "are not aligned" in made.notes[0]
         assert "are not aligned" in str(made)
+
+
+def test_a_size_far_from_all_that_were_measured_is_named(folder: Path) -> None:
+    manifest = read_manifest(folder / MANIFEST_NAME)
+    maps = load_index_maps(manifest, folder / INDEX_MAPS_NAME)
+    evaluation = Evaluation(loss=3.0, perplexity=20.0, num_tokens=9)
+    told = [anchor.model_copy(update={"evaluation": evaluation}) for anchor in manifest.anchors]
+    measured = manifest.model_copy(update={"anchors": told})
+    large, small = manifest.anchors[0].num_parameters, manifest.anchors[1].num_parameters
+    middle, near = (large + small) // 2, round(large - 0.1 * (large - small))
+    assert make_plan(manifest, maps, middle).notes == ()  # nothing was measured, and nothing is expected
+    (note,) = make_plan(measured, maps, middle).notes
+    assert "measured at no size nearer than" in note
+    assert make_plan(measured, maps, near).notes == ()
+    assert make_plan(measured, maps, large).notes == ()
+    point = CurvePoint(num_parameters=middle, loss=3.1, method="interpolate")
+    assert make_plan(measured.model_copy(update={"curve": [point]}), maps, middle).notes == ()
+    with_prune = measured.model_copy(update={"curve": [point.model_copy(update={"method": "prune"})]})
+    assert make_plan(with_prune, maps, middle).notes == (note,)
 
 
 @pytest.mark.parametrize("name", ["a0", "a1", "a2"])
