@@ -77,6 +77,7 @@ bench-speed: $(VENV)/.installed-test
 bench-train: $(VENV)/.installed-test
 	$(RUN) benchmarks/losses.py
 	$(RUN) benchmarks/train.py
+	$(RUN) benchmarks/train_scaling.py
 
 bench-rules: $(VENV)/.installed-test
 	$(RUN) benchmarks/rules.py

@@ -12,6 +12,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -39,6 +40,7 @@ _CHECKPOINTING = (
     f"{'activation' if hasattr(TrainingArguments, 'activation_checkpointing') else 'gradient'}_checkpointing"
 )
 WARM_UP = 1  # steps that are not timed
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # processes of this measurement; train_scaling.py launches several
 
 
 def make_models(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -117,7 +119,7 @@ def arguments(folder: str, options: argparse.Namespace, kind: type = TrainingArg
 def rows(options: argparse.Namespace, vocabulary: int) -> Dataset:
     """Random tokens, one row a sequence."""
     generator = torch.Generator().manual_seed(0)
-    shape = (options.batch * (WARM_UP + options.steps), options.length)
+    shape = (options.batch * WORLD * (WARM_UP + options.steps), options.length)
     ids = torch.randint(vocabulary, shape, generator=generator).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * options.length] * len(ids)})
 
@@ -200,10 +202,11 @@ def child(way: str, options: argparse.Namespace) -> None:
         else:
             anchor_trainer(options, folder, clock, 10.0 if way.endswith("hidden states") else 0.0)
     seconds = clock.ticks[-1] - clock.ticks[WARM_UP - 1]
-    tokens = options.batch * options.length * (len(clock.ticks) - WARM_UP)
+    tokens = WORLD * options.batch * options.length * (len(clock.ticks) - WARM_UP)
     peak = peak_bytes()
     result = {"tokens_per_second": tokens / seconds, "peak_bytes": peak, "above_models_bytes": peak - options.held}
-    print(json.dumps({**result, "first_step": clock.first}))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps({**result, "first_step": clock.first}))
 
 
 def markdown(result: dict[str, Any]) -> str:

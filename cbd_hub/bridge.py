@@ -28,22 +28,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import datasets
-import torch
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.architectures import axis_map_for
 from cbd_hub.basis import rotate
-from cbd_hub.carry import carry_blocks
+from cbd_hub.carry import carry_blocks, same_form
 from cbd_hub.chain import Bridge, Training
 from cbd_hub.cross_vocabulary import Across
 from cbd_hub.data import mix, pack
 from cbd_hub.distill import DistillationConfig, distill
 from cbd_hub.documents import Documents
 from cbd_hub.errors import AxisMapError, RecipeError
+from cbd_hub.fresh import fresh_config, fresh_model
 from cbd_hub.importance import rank
 from cbd_hub.index_maps import kept_hidden
 from cbd_hub.materialize import cut
@@ -62,6 +61,7 @@ SHARED_ENOUGH = 0.3
 """Share of the corpus's tokens that the source must know too, for ``auto`` to compare predictions."""
 
 _SAMPLE = 2_000_000  # characters of training text that vocabularies are compared and transplanted on
+_RATIOS = {"q_per_kv": "num_attention_heads / num_key_value_heads"}  # axes without a config field
 _OF_A_CHECKPOINT = ("architectures", "dtype", "torch_dtype", "model_type", "transformers_version", "_name_or_path")
 
 
@@ -228,8 +228,10 @@ def found(
     if report is not None:
         say(str(report))
     wanted = _config(config, on)
-    model, carried = _start(config, on, wanted, "transplant" in ways, progress)
+    model, carried, fresh_blocks = _start(config, on, wanted, "transplant" in ways, progress)
     say(f"anchor zero starts with {', '.join(carried) or 'random weights'}")
+    if fresh_blocks is not None:
+        say(f"its blocks are fresh: {fresh_blocks}")
     train, generated = on.train, 0
     if "seqkd" in ways:
         train, generated = _written(config, on, progress)
@@ -258,6 +260,7 @@ def found(
         use=ways,
         why=why,
         carried=carried,
+        fresh_blocks=fresh_blocks,
         vocabulary=None if report is None else json.loads(json.dumps(report.to_dict())),
         generated_documents=generated,
     )
@@ -266,68 +269,83 @@ def found(
 
 def _config(config: BridgeConfig, on: Founding) -> PreTrainedConfig:
     """Anchor zero's config."""
-    ids = {k: getattr(on.tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    values: dict[str, Any] = {"vocab_size": len(on.tokenizer), **ids}
     own = None if on.source is None else on.source.config
     architecture = config.architecture or (own.model_type if own is not None else None)
     if architecture is None:
         raise RecipeError("bridge.architecture is missing, and a source behind a server has none to take over")
+    base = {}
     if own is not None and architecture == own.model_type:
-        values = {k: v for k, v in own.to_dict().items() if k not in _OF_A_CHECKPOINT} | values
-    try:
-        found = AutoConfig.for_model(architecture, **{**values, **config.config})
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise RecipeError(f"bridge.config is no {architecture} config: {error}") from error
-    axis_map_for(found)  # refuses an unknown family before hours are spent
-    return found
+        base = {k: v for k, v in own.to_dict().items() if k not in _OF_A_CHECKPOINT}
+        axis_map = axis_map_for(own)
+        depth = next(field for field, axis in axis_map.fields.items() if axis == "layers")
+        if config.config.get(depth, base[depth]) != base[depth]:  # lists of one entry a layer no longer fit
+            base = {k: v for k, v in base.items() if k not in axis_map.layer_lists}
+    return fresh_config(architecture, on.tokenizer, config.config, base, key="bridge.config")
 
 
 def _start(
     config: BridgeConfig, on: Founding, wanted: PreTrainedConfig, transplant: bool, progress: bool
-) -> tuple[PreTrainedModel, list[str]]:
-    """Anchor zero before training, and what of the source it has."""
-    torch.manual_seed(config.training.seed)
-    fresh = AutoModelForCausalLM.from_config(wanted, dtype=torch.float32)
+) -> tuple[PreTrainedModel, list[str], str | None]:
+    """Anchor zero before training, what of the source it has, and why its blocks are not among that."""
+    fresh = fresh_model(wanted, config.training.seed)
     if not transplant or on.source is None or on.source_tokenizer is None:
-        return fresh, []
+        return fresh, [], None
     moved, _ = transplant_vocabulary(
         on.source,
         on.source_tokenizer,
         on.tokenizer,
         on.sample,
+        rows=wanted.get_text_config().vocab_size,
         method=config.embeddings,
         k=config.k,
         progress=progress,
     )
-    if (carried := _carried(moved, wanted, on.calibration, progress)) is not None:
-        return carried, ["embeddings", "blocks"]
-    if on.calibration is None:
-        raise RecipeError("transplant needs calibration_tokens above 0, to know which tokens are frequent")
-    embeddings_into(fresh, moved, on.calibration)
-    return fresh, ["embeddings"]
-
-
-def _carried(
-    source: PreTrainedModel, wanted: PreTrainedConfig, blocks: Tensor | None, progress: bool
-) -> PreTrainedModel | None:
-    """The source with its blocks under another config, cut to its sizes; None where the two forms do not allow it."""
-    large_map = axis_map_for(source.config)
     try:
-        full = copy.deepcopy(wanted)
-        axis_map = axis_map_for(full)
-        large, small = large_map.sizes(source.config), axis_map.sizes(wanted)
-        if set(large) != set(small) or any(small[a] > large[a] for a in small):
-            return None
-        if any(small[a] != large[a] for a in axis_map.frozen if a in small and a != "vocab"):
-            return None
-        for field, value in axis_map.config_fields({**large, "vocab": small["vocab"]}).items():
-            setattr(full, field, value)
-        model, report = carry_blocks(source, full, blocks=None if blocks is None else blocks[:8])
-        if not report.carried:
-            return None
-    except (AxisMapError, RecipeError):
-        return None
-    large = axis_map.sizes(model.config)
+        full = _carried(moved, wanted, on.calibration)
+    except (AxisMapError, RecipeError) as error:
+        if on.calibration is None:
+            raise RecipeError(
+                "transplant needs calibration_tokens above 0, to know which tokens are frequent"
+            ) from error
+        embeddings_into(fresh, moved, on.calibration)
+        return fresh, ["embeddings"], str(error)
+    return _cut_to(full, wanted, on.calibration, progress), ["embeddings", "blocks"], None
+
+
+def _carried(source: PreTrainedModel, wanted: PreTrainedConfig, blocks: Tensor | None) -> PreTrainedModel:
+    """The source with its blocks under another config, before it is cut to that one's sizes.
+
+    Raises:
+        AxisMapError, RecipeError: A field or a rule does not allow it; the message says which.
+    """
+    large_map, axis_map = axis_map_for(source.config), axis_map_for(wanted)
+    if not same_form(large_map, axis_map):
+        raise RecipeError(f"{wanted.model_type} blocks have another form than {source.config.model_type}'s")
+    large, small = large_map.sizes(source.config), axis_map.sizes(wanted)
+    fields = _RATIOS | {axes: field for field, axes in axis_map.fields.items()}
+    for axis, size in small.items():
+        if axis != "vocab" and axis in axis_map.frozen and size != large[axis]:
+            raise RecipeError(f"{fields.get(axis, axis)} {size} is not the source's {large[axis]}")
+        if size > large[axis]:
+            raise RecipeError(f"{fields.get(axis, axis)} {size} is above the source's {large[axis]}")
+    full = copy.deepcopy(wanted)
+    for field, value in axis_map.config_fields({**large, "vocab": small["vocab"]}).items():
+        setattr(full, field, value)
+    for field in axis_map.layer_lists:
+        entries, theirs = getattr(full, field, None), getattr(source.config, field, None)
+        if entries and len(entries) != large["layers"]:  # those of the smaller model
+            if theirs is None and len(set(entries)) > 1:
+                raise RecipeError(f"{field} differs from layer to layer, and the source's layers are all alike")
+            setattr(full, field, list(theirs or entries[:1] * large["layers"]))
+    return carry_blocks(source, full, blocks=None if blocks is None else blocks[:8])[0]
+
+
+def _cut_to(
+    model: PreTrainedModel, wanted: PreTrainedConfig, blocks: Tensor | None, progress: bool
+) -> PreTrainedModel:
+    """A model cut to the sizes of a config of its family, and refitted."""
+    axis_map = axis_map_for(model.config)
+    large, small = axis_map.sizes(model.config), axis_map.sizes(wanted)
     if small == large:
         return model
     turned = axis_map.rotatable and blocks is not None and small["hidden"] != large["hidden"]

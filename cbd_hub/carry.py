@@ -26,7 +26,7 @@ from cbd_hub.architectures import axis_map_for
 from cbd_hub.axis_map import AxisMap
 from cbd_hub.errors import RecipeError
 
-__all__ = ["CarryReport", "carry_blocks"]
+__all__ = ["CarryReport", "carry_blocks", "same_form"]
 
 # Fields that may differ: they name things, belong to training, or are compared by what they do (see _differing_field).
 _HARMLESS = frozenset(
@@ -80,11 +80,11 @@ def carry_blocks(
             set), the source's head is untied and the new one tied, or `blocks` is missing.
     """
     ours, theirs = axis_map_for(source.config), axis_map_for(config)
-    same_form = _form(ours) == _form(theirs)
-    if same_form:
+    carried_over = same_form(ours, theirs)
+    if carried_over:
         _check(source.config, config, ours, theirs)
     model = AutoModelForCausalLM.from_config(config, dtype=source.dtype).to(source.device).eval()
-    if not same_form:
+    if not carried_over:
         return model, CarryReport((), (), (), tuple(name for name, _ in model.named_parameters()))
 
     old, new = dict(source.named_parameters(remove_duplicate=False)), dict(model.named_parameters())
@@ -112,6 +112,11 @@ def carry_blocks(
             if projection.bias is not None:
                 projection.bias.mul_(effect)
     return model, CarryReport(carried, started, dropped, ())
+
+
+def same_form(ours: AxisMap, theirs: AxisMap) -> bool:
+    """Whether two families' blocks can be matched by name, whatever their sizes."""
+    return bool(_form(ours) == _form(theirs))
 
 
 def _form(axis_map: AxisMap) -> Any:

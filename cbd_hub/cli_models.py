@@ -40,7 +40,10 @@ def vocabulary(
 
 @app.command("eval")
 def eval_command(
-    model: Annotated[str, typer.Argument(help="A model (folder or repo id) or a chain.", metavar="MODEL_OR_CHAIN")],
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Models and chains, each a folder or a repo id.", metavar="MODEL_OR_CHAIN..."),
+    ],
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to measure on; may be repeated.")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens a block.", min=2)] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.", min=1)] = None,
@@ -48,21 +51,33 @@ def eval_command(
         str | None, typer.Option(help="Or tasks, comma-separated: boolq, piqa, openbookqa, commonsense_qa.")
     ] = None,
     items: Annotated[Path, typer.Option(help="Folder of the tasks' JSONL files.")] = Path("eval-items"),
+    summaries: Annotated[
+        Path | None, typer.Option(help="Or JSONL, a prompt and a reference a line, for ROUGE.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens written behind a prompt.", min=1)] = 64,
+    metric_scripts: Annotated[
+        str | None,
+        typer.Option(help="Run evaluate's metric script, of a folder or fetched ('hub'), instead of rouge-score."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many items of each task.", min=1)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the results over parameters, as FILE.png.")] = None,
+    update_card: Annotated[
+        bool, typer.Option("--update-card", help="Write the results into the README.md of each folder.")
+    ] = False,
     as_json: Json = False,
     revision: Revision = None,
     token: Token = None,
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
 ) -> None:
-    """Measures perplexity on text, or accuracy on tasks: of one model, or of every anchor of a chain.
+    """Measures models, and every anchor of chains: perplexity on text, accuracy on tasks, or ROUGE of what they write.
 
-    Example: cbd-hub eval my-chain --text held-out.txt
+    Example: cbd-hub eval my-chain my-model --text held-out.txt
     """
-    from cbd_hub.compare import evaluate_on_tasks, evaluate_on_text
+    from cbd_hub import card_results, compare, eval_plots
 
-    if text and tasks:
-        raise typer.BadParameter("give --text or --tasks, not both")
+    if sum(bool(given) for given in (text, tasks is not None, summaries)) > 1:
+        raise typer.BadParameter("give --text, --tasks or --summaries, not both or all")
     where: dict[str, Any] = {
         "progress": not as_json,
         "revision": revision,
@@ -70,33 +85,70 @@ def eval_command(
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
+    if plot:
+        eval_plots.check_plot(plot)
+    for model in models if update_card else []:
+        card_results.open_card(model)
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-        rows = evaluate_on_tasks(model, names, items, limit=limit, **where)
+        rows = compare.evaluate_on_tasks(models, names, items, limit=limit, **where)
+    elif summaries is not None:
+        writing: dict[str, Any] = {"limit": limit, "max_new_tokens": max_new_tokens, "metric_scripts": metric_scripts}
+        rows = compare.evaluate_on_summaries(models, summaries, **writing, **where)
     else:
-        rows = evaluate_on_text(model, text or [], sequence_length=sequence_length, max_tokens=max_tokens, **where)
+        blocks: dict[str, Any] = {"sequence_length": sequence_length, "max_tokens": max_tokens}
+        rows = compare.evaluate_on_text(models, text or [], **blocks, **where)
     if as_json:
         print_json(rows)
-        return
-    columns = (
-        ["task", "metric", "value", "items"]
-        if tasks
-        else ["loss (nats a token)", "perplexity", "bits a byte", "tokens"]
+    else:
+        _print_rows(rows)
+    if plot:
+        (eval_plots.plot_losses if text else eval_plots.plot_scores)(rows, plot)
+    for model in dict.fromkeys(models) if update_card else []:
+        own = [row for row in rows if row["of"] == model]
+        card = card_results.update_card(model, own, ", ".join(path.name for path in text or []))
+        if not as_json:
+            sys.stdout.write(f"results written into {card}\n")
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    """What was measured as a table, and what has to be known to read it."""
+    from cbd_hub.eval_plots import one_tokenizer
+
+    arguments = list(dict.fromkeys(row["of"] for row in rows))
+    several, losses = len(arguments) > 1, "loss" in rows[0]
+    heads = (
+        ["loss (nats a token)", "perplexity", "bits a byte", "tokens"]
+        if losses
+        else ["task", "metric", "value", "items"]
     )
-    table = Table(Column("model", overflow="fold"), "parameters", *columns)
+    names = ["of", "anchor"] if several else ["model"]
+    numbers = (Column(head, no_wrap=" " not in head) for head in ["parameters", *heads])
+    table = Table(*(Column(name, overflow="fold") for name in names), *numbers)
     for row in rows:
-        if tasks:
-            error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
-            cells = [row["task"], row["metric"], f"{row['value']:.4f}{error}", f"{row['items']:,}"]
-        else:
+        if losses:
             bits = f"{row['bits_per_byte']:.4f}"
             cells = [f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", bits, f"{row['num_tokens']:,}"]
-        table.add_row(escape(row["name"]), f"{row['num_parameters']:,}", *cells)
+        else:
+            error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+            cells = [row["task"], row["metric"], f"{row['value']:.4f}{error}", f"{row['items']:,}"]
+        anchor = "" if row["name"] == row["of"] else row["name"]
+        told = [row["of"], anchor] if several else [row["name"]]
+        table.add_row(*map(escape, told), f"{row['num_parameters']:,}", *map(escape, cells))
     Console().print(table)
-    if tasks:
-        sys.stdout.write("zero-shot; ± is one standard error, over items\n")
-        for task, cut in {row["task"]: row["truncated"] for row in rows if row["truncated"]}.items():
-            sys.stdout.write(f"{cut} items of {task} were longer than the context and lost their beginning\n")
+    if losses:
+        if not one_tokenizer(rows):
+            sys.stdout.write(
+                "the tokenizers differ, so only bits a byte compare, not losses or perplexities a token\n"
+            )
+        return
+    by = rows[0].get("implementation")
+    how = f"greedy; ROUGE F1 by {by}" if by else "zero-shot"
+    sys.stdout.write(f"{how}; ± is one standard error, over items\n")
+    cuts = {(row["of"], row["task"]): row["truncated"] for row in rows if row["truncated"]}
+    for (of, task), cut in cuts.items():
+        whose = f" of {of}" if several else ""
+        sys.stdout.write(f"{cut} items of {task} were longer than the context{whose} and lost their beginning\n")
 
 
 @app.command()

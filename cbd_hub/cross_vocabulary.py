@@ -12,23 +12,26 @@ Both coarse distributions sum to 1, so any :class:`cbd_hub.divergences.Divergenc
 the plain one. What the rest lumps together can be compared by shape: Universal Logit Distillation (Boizard et al.,
 2024, arXiv:2402.12030) takes the L1 distance between sorted probabilities.
 
-Logits are made a chunk of positions at a time and again for the backward pass. The chunks are walked from the last to
-the first, so that the probabilities of a group's later tokens are known where the group starts, and a position's
-logits are made once in the forward pass.
+Logits are made a chunk of positions at a time. Chunks end where groups end, so all that a group needs is there at
+once, and for a linear head the chunk's gradients are taken while its logits exist: each head runs once a position. Any
+other head is walked with activation checkpointing, which runs both once more.
 """
 
 import math
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from cbd_hub.divergences import Divergence, DivergenceName
 from cbd_hub.errors import RecipeError
-from cbd_hub.losses import Head
+from cbd_hub.losses import Head, is_plain_linear
 from cbd_hub.token_groups import TokenAligner
 from cbd_hub.vocabulary import Pairs
 
@@ -82,7 +85,7 @@ def cross_vocabulary_loss(
     skew: float = 0.1,
     temperature: float = 1.0,
     num_items: int | Tensor | None = None,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = 128,
 ) -> CrossTerms:
     """Cross-entropy with the labels plus divergences from a teacher with another vocabulary.
 
@@ -90,7 +93,10 @@ def cross_vocabulary_loss(
                 + sum over groups of (kl * T^2 * D(teacher_T, student_T) + uld * L1_T)) / num_items
 
     The probabilities of the group terms are softened by T before they are made coarse. A mass below 1.2e-38 counts as
-    that much. No gradient reaches the teacher.
+    that much. So where every token of the student has a partner and not every one of the teacher's, the student's rest
+    is that floor, and the forward KL is larger by ``p log(p / 1.2e-38)`` a group for the teacher's rest p: a constant,
+    without a gradient. Logits behind the last token of a tokenizer, which padded embeddings have, belong to the rest.
+    No gradient reaches the teacher.
 
     Args:
         student_hidden: (B, S, Hs).
@@ -110,7 +116,8 @@ def cross_vocabulary_loss(
         skew: see there.
         temperature: T, softens both sides' distributions in the group terms.
         num_items: what the sums are divided by; by default the predicted student tokens of this batch.
-        chunk_tokens: positions whose logits exist at once; memory is a dozen times ``chunk_tokens * V * 4`` bytes.
+        chunk_tokens: positions whose logits exist at once (a longer group is not cut); memory is a dozen times
+            ``chunk_tokens * V * 4`` bytes.
 
     Raises:
         RecipeError: shapes disagree, a number is out of range, a group holds a token that is not predicted, or a head
@@ -141,8 +148,6 @@ def cross_vocabulary_loss(
     order = at.argsort()
     row, at, length = row[order], at[order], length[order]
     teacher_start, teacher_length = teacher_start[order], teacher_length[order]
-    teacher_first = teacher_ids[row, teacher_start + 1]
-    several = (length > 1) | (teacher_length > 1)
     # The teacher's tokens of a group after its first.
     following = _following(row, teacher_start, teacher_length)
     teacher = teacher_hidden.detach()
@@ -154,50 +159,152 @@ def cross_vocabulary_loss(
             chains.index_add_(0, g, z.gather(1, teacher_ids[r, p + 1][:, None])[:, 0].to(chains.dtype))
 
     device = labels.device
-    ours, theirs = pairs.student_ids.to(device), pairs.teacher_ids.to(device)
-    reach = int(length.max()) - 1 if len(length) else 0
-    starts = list(range(0, max(len(flat_labels), 1), chunk_tokens))
-    bounds = torch.searchsorted(at, torch.tensor([*starts, len(flat_labels)], device=device)).tolist()
-
-    def chunk(index: int, tail: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """CE, divergence and L1 summed over a chunk; log-probabilities (n,) of its tokens at T."""
-        rows = slice(starts[index], starts[index] + chunk_tokens)
-        logits = student_head(flat_hidden[rows])
-        logits = logits.to(_wide(logits.dtype))
-        log_q = _log_probabilities(logits, temperature)
-        plain = log_q if temperature == 1 else torch.log_softmax(logits, -1)
-        entropy = F.nll_loss(plain, flat_labels[rows], reduction="sum")
-        own = log_q.gather(1, flat_ids[rows][:, None])[:, 0]
-        zero = entropy.new_zeros(())
-        g = slice(bounds[index], bounds[index + 1])
-        if g.start == g.stop:
-            return entropy, zero, zero, own
-        here = at[g] - rows.start
-        chain = _chained(torch.cat([own, tail]), here, length[g], reach)
-        with torch.no_grad():
-            log_p = _log_probabilities(teacher_head(teacher[row[g], teacher_start[g]]), temperature).to(log_q.dtype)
-        whole = len(here) == len(log_q)  # then they are all of the chunk's positions, in order
-        log_q = log_q if whole else log_q[here]
-        student_side = _Side(log_q, ours, flat_ids[at[g]], chain, several[g])
-        teacher_side = _Side(log_p, theirs, teacher_first[g], chains[g].to(log_p.dtype), several[g])
-        has_rest = bool(len(student_side.others) + len(teacher_side.others))
-        p, p_extra = teacher_side.coarse(has_rest)
-        q, q_extra = student_side.coarse(has_rest)
-        distance = measure.value(p, q) + measure.value(p_extra, q_extra)
-        gap = _sorted_gap(teacher_side.alone(), student_side.alone()) if uld and has_rest else zero
-        return entropy, temperature**2 * distance, gap, own
-
-    sums, tail = [], student_hidden.new_zeros(0, dtype=_wide(student_hidden.dtype))
-    for index in reversed(range(len(starts))):
-        *terms, own = checkpoint(chunk, index, tail, use_reentrant=False)
-        sums.append(terms)
-        tail = torch.cat([own, tail])[:reach]
-    entropy, distance, gap = (torch.stack(terms).sum() for terms in zip(*sums, strict=True))
-    items = max(len(flat_labels), 1) if num_items is None else num_items
-    loss = (ce * entropy + kl * distance + uld * gap) / items
-    return CrossTerms(
-        loss, entropy.detach() / items, distance.detach() / items, gap.detach() / items, len(flat_labels)
+    comparison = _Comparison(
+        labels=flat_labels,
+        ids=flat_ids,
+        at=at,
+        length=length,
+        several=(length > 1) | (teacher_length > 1),
+        ours=pairs.student_ids.to(device),
+        theirs=pairs.teacher_ids.to(device),
+        teacher_hidden=teacher[row, teacher_start],
+        teacher_first=teacher_ids[row, teacher_start + 1],
+        teacher_chain=chains,
+        teacher_head=teacher_head,
+        measure=measure,
+        weights=(ce, kl, uld),
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
     )
+    if torch.is_grad_enabled() and is_plain_linear(student_head):
+        loss, *sums = _LinearHeadSums.apply(flat_hidden, student_head.weight, student_head.bias, comparison)
+    else:
+        loss, *sums = _any_head_sums(flat_hidden, student_head, comparison)
+    items = max(len(flat_labels), 1) if num_items is None else num_items
+    entropy, distance, gap = (x.detach() / items for x in sums)
+    return CrossTerms(loss / items, entropy, distance, gap, len(flat_labels))
+
+
+@dataclass(frozen=True, eq=False)
+class _Comparison:
+    """What the student's logits are compared with: N predicted tokens and G groups of them, walked in chunks."""
+
+    labels: Tensor  # (N,)
+    ids: Tensor  # (N,) what the student read
+    at: Tensor  # (G,) places among the tokens where groups start, rising
+    length: Tensor  # (G,) tokens of each
+    several: Tensor  # (G,) whether a side takes more than one
+    ours: Tensor  # (M,) paired ids
+    theirs: Tensor  # (M,)
+    teacher_hidden: Tensor  # (G, Ht) where groups start
+    teacher_first: Tensor  # (G,) the teacher's first token of each
+    teacher_chain: Tensor  # (G,) log-probability of its further ones
+    teacher_head: Head
+    measure: Divergence
+    weights: tuple[float, float, float]
+    temperature: float
+    chunk_tokens: int
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of the tokens that cut no group in two. At least one, possibly empty, so that there are gradients."""
+        starts, ends = self.at.tolist(), (self.at + self.length).tolist()
+        begin = 0
+        while True:
+            end = min(begin + self.chunk_tokens, len(self.labels))
+            last = bisect_left(starts, end) - 1  # the last group that starts before the end
+            if last >= 0 and ends[last] > end:
+                end = starts[last] if starts[last] > begin else ends[last]
+            yield slice(begin, end)
+            if (begin := end) >= len(self.labels):
+                return
+
+    def sums(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weighted sum, CE, divergence and L1 over some rows; differentiable in `logits` (n, V)."""
+        logits = logits.to(_wide(logits.dtype))
+        log_q = _log_probabilities(logits, self.temperature)
+        plain = log_q if self.temperature == 1 else torch.log_softmax(logits, -1)
+        ce = F.nll_loss(plain, self.labels[rows], reduction="sum")
+        distance, gap = self._distance(log_q, rows)
+        return self.weights[0] * ce + self.weights[1] * distance + self.weights[2] * gap, ce, distance, gap
+
+    def _distance(self, log_q: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Divergence and L1 over the groups of some rows, from their log-probabilities (n, V)."""
+        zero = log_q.new_zeros(())
+        first, last = torch.searchsorted(self.at, self.at.new_tensor([rows.start, rows.stop])).tolist()
+        g = slice(first, last)
+        if first == last:
+            return zero, zero
+        here, several = self.at[g] - rows.start, self.several[g]
+        own = log_q.gather(1, self.ids[rows][:, None])[:, 0]
+        chain = _chained(own, here, self.length[g])
+        with torch.no_grad():
+            log_p = _log_probabilities(self.teacher_head(self.teacher_hidden[g]), self.temperature).to(log_q.dtype)
+        log_q = log_q if len(here) == len(log_q) else log_q[here]  # the same: they are all, in order
+        student = _Side(log_q, self.ours, self.ids[rows][here], chain, several)
+        teacher = _Side(log_p, self.theirs, self.teacher_first[g], self.teacher_chain[g].to(log_p.dtype), several)
+        has_rest = bool(len(student.others) + len(teacher.others))
+        p, p_extra = teacher.coarse(has_rest)
+        q, q_extra = student.coarse(has_rest)
+        distance = self.measure.value(p, q) + self.measure.value(p_extra, q_extra)
+        gap = _sorted_gap(teacher.alone(), student.alone()) if self.weights[2] and has_rest else zero
+        return self.temperature**2 * distance, gap
+
+
+def _any_head_sums(hidden: Tensor, head: Head, comparison: _Comparison) -> tuple[Tensor, ...]:
+    """Weighted sum, CE, divergence and L1 over all tokens; the backward pass computes each chunk again."""
+
+    def sums(rows: slice) -> tuple[Tensor, ...]:
+        return comparison.sums(head(hidden[rows]), rows)
+
+    parts = [checkpoint(sums, rows, use_reentrant=False) for rows in comparison.chunks()]
+    return tuple(torch.stack(terms).sum() for terms in zip(*parts, strict=True))
+
+
+class _LinearHeadSums(torch.autograd.Function):
+    """The same for a linear head; gradients are taken chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, comparison: _Comparison
+    ) -> tuple[Tensor, ...]:
+        """Args: hidden (N, H), weight (V, H), bias (V,). Returns the weighted sum, CE, divergence and L1."""
+        inputs = (hidden, weight, bias)
+        gradients = [
+            torch.zeros_like(x, dtype=_wide(x.dtype)) if x is not None and needed else None
+            for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
+        in_hidden, in_weight, in_bias = gradients
+        totals = hidden.new_zeros(4, dtype=_wide(hidden.dtype))
+        for rows in comparison.chunks():
+            logits = F.linear(hidden[rows], weight, bias)
+            with torch.enable_grad():
+                sums = comparison.sums(logits.requires_grad_(), rows)
+                (gradient,) = torch.autograd.grad(sums[0], logits)
+            totals += torch.stack([x.detach() for x in sums])
+            if in_bias is not None:
+                in_bias += gradient.sum(0, dtype=in_bias.dtype)
+            if in_hidden is not None:
+                in_hidden[rows] = (gradient @ weight).to(in_hidden.dtype)
+            if in_weight is not None:
+                if in_weight.dtype == gradient.dtype == hidden.dtype:
+                    in_weight.addmm_(gradient.T, hidden[rows])  # without a second (V, H)
+                else:
+                    in_weight += gradient.T @ hidden[rows]
+            del logits, sums, gradient  # or they would live beside the next chunk's
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        ctx.save_for_backward(*gradients)
+        total, *terms = totals.unbind()
+        ctx.mark_non_differentiable(*terms)
+        return total, *terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Scales the gradients that the forward pass left."""
+        return *(
+            None if gradient is None else (gradient * grad_total).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ), None
 
 
 class _Side:
@@ -247,9 +354,9 @@ def _log_difference(log_a: Tensor, log_b: Tensor) -> Tensor:
     return torch.where(gap < least, left, _FLOOR)
 
 
-def _chained(own: Tensor, here: Tensor, length: Tensor, reach: int) -> Tensor:
+def _chained(own: Tensor, here: Tensor, length: Tensor) -> Tensor:
     """Sums (g,) of log-probabilities of the tokens after each group's first."""
-    steps = torch.arange(1, reach + 1, device=own.device)
+    steps = torch.arange(1, int(length.max()), device=own.device)
     places = (here[:, None] + steps).clamp(max=len(own) - 1)
     return own[places].masked_fill(steps >= length[:, None], 0.0).sum(1)
 

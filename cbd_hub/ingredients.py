@@ -11,17 +11,16 @@ from pathlib import Path
 
 import torch
 from datasets import IterableDataset
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from cbd_hub.architectures import axis_map_for
 from cbd_hub.bridge import BridgeConfig, Founding
 from cbd_hub.chain import Training
 from cbd_hub.data import mix, pack, token_batches, train_tokenizer
 from cbd_hub.distill import distill
 from cbd_hub.documents import Documents
 from cbd_hub.errors import RecipeError
+from cbd_hub.fresh import fresh_config, fresh_model
 from cbd_hub.recipe import Recipe, TrainTokenizer
 from cbd_hub.refit import REFIT_TOKENS
 from cbd_hub.splits import Splits, load_splits
@@ -202,15 +201,8 @@ class Ingredients:
         train = source.train
         if train is None or self.tokenizer is None or self.text is None:
             raise RecipeError("a source trained from scratch needs `source.train`, `tokenizer` and `data`")
-        ids = {k: getattr(self.tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        values = {"vocab_size": len(self.tokenizer), **ids, **train.config}
-        try:
-            config = AutoConfig.for_model(train.architecture, **values)
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            raise RecipeError(f"source.train.config is no {train.architecture} config: {error}") from error
-        axis_map_for(config)  # refuses an unknown family before hours are spent
-        torch.manual_seed(train.training.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        config = fresh_config(train.architecture, self.tokenizer, train.config, key="source.train.config")
+        model = fresh_model(config, train.training.seed)
         training = distill(
             model,
             None,

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from cbd_hub.divergences import Divergence, DivergenceName
 from cbd_hub.errors import RecipeError
 
-__all__ = ["Head", "LossTerms", "distillation_loss", "hidden_and_head", "hidden_state_loss"]
+__all__ = ["Head", "LossTerms", "distillation_loss", "hidden_and_head", "hidden_state_loss", "is_plain_linear"]
 
 Head = Callable[[Tensor], Tensor]
 """A language-model head: maps hidden states (..., H) to logits (..., V)."""
@@ -162,7 +162,7 @@ def distillation_loss(
         temperature=temperature,
         chunk_tokens=chunk_tokens,
     )
-    if torch.is_grad_enabled() and _is_plain_linear(student_head):
+    if torch.is_grad_enabled() and is_plain_linear(student_head):
         sums = _LinearHeadSums.apply(hidden, student_head.weight, student_head.bias, objective)
     else:
         sums = _any_head_sums(hidden, student_head, objective)
@@ -234,7 +234,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _is_plain_linear(head: Head) -> TypeGuard[nn.Linear]:
+def is_plain_linear(head: Head) -> TypeGuard[nn.Linear]:
     """Whether calling `head` does nothing but ``F.linear`` (no hook, no offloading wrapper, no adapter)."""
     return (
         type(head) is nn.Linear

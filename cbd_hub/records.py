@@ -83,6 +83,9 @@ class Bridge(Strict):
     why: str
     carried: list[str] = Field(default_factory=list)
     """What of the source's weights it started with."""
+    fresh_blocks: str | None = None
+    """Where its blocks started at random beside the source's embeddings: the field or rule that kept the source's
+    out."""
     vocabulary: dict[str, int | float | list[str]] | None = None
     """How the two vocabularies compare on the corpus."""
     generated_documents: Annotated[int, Field(ge=0)] = 0

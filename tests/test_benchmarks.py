@@ -73,6 +73,11 @@ CHANGES: dict[str, tuple[tuple[Any, ...], float, set[str]]] = {
     "align": (("pairs", "GPT-2, narrower", "loss", "masked averaging, aligned", "0.25"), 1, {"docs/results.md"}),
     "losses": (("rows", 0, "time_against_plain"), 1, {"docs/results.md"}),
     "train": (("student",), 10**7, {"docs/results.md", "docs/results/train.md", "docs/scaling.md"}),
+    "train_scaling": (
+        ("vocabulary", 0, "tokens_per_second"),
+        10**6,
+        {"docs/results.md", "docs/results/train_scaling.md"},
+    ),
     "speed": (("rows", 0, "bytes_made"), 10**12, {"docs/results.md", "docs/results/speed.md"}),
     "growth": (
         ("from_chain", -1, "parameters"),
@@ -205,6 +210,7 @@ def test_exponents_and_the_cost_of_an_anchor_are_recovered(script: Any) -> None:
     assert growth.line(builds) == pytest.approx((5, 2, 0))
 
 
+@pytest.mark.slow
 def test_growth_writes_its_figures_tables_and_picture(script: Any, tmp_path: Path) -> None:
     run("growth", "--quick", "--output", str(tmp_path))
     result = json.loads((tmp_path / "growth.json").read_text())
@@ -214,3 +220,15 @@ def test_growth_writes_its_figures_tables_and_picture(script: Any, tmp_path: Pat
     assert (tmp_path / "growth.md").read_text() == script("growth").markdown(result)
     assert f"| {large:,} |" in (tmp_path / "growth.md").read_text()
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_train_scaling_writes_its_figures_and_tables(script: Any, tmp_path: Path) -> None:
+    run("train_scaling", "--quick", "--rounds", "1", "--steps", "1", "--output", str(tmp_path))
+    result = json.loads((tmp_path / "train_scaling.json").read_text())
+    assert [row["processes"] for row in result["processes"]] == [1, 2]
+    rows = [row for name in ("vocabulary", "length", "processes") for row in result[name]]
+    assert len(rows) == 6 and all(row["tokens_per_second"] > 0 and row["peak_bytes"] > 0 for row in rows)
+    text = (tmp_path / "train_scaling.md").read_text()
+    assert text == script("train_scaling").markdown(result)
+    assert text.count("\n| 64 |") == text.count("\n| 2 |") == 1

@@ -1,25 +1,34 @@
 """Founding a chain on a source of another architecture and vocabulary, with real small models and real text."""
 
+import copy
+import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from serve import serving
-from tiny_models import tiny_config, tiny_model
+from test_build import start_build, wait_for
+from tiny_models import VARIANTS, tiny_config, tiny_model
 from tiny_recipe import TEXT, built_chain, digests
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from tokenizers import Tokenizer as Backend
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub import Chain, from_chain
 from cbd_hub.bridge import BridgeConfig, Founding, choose, found
 from cbd_hub.build import build_chain
 from cbd_hub.cards import anchor_card, chain_card
+from cbd_hub.chain import Bridge
 from cbd_hub.data import pack, train_tokenizer
 from cbd_hub.distill import DistillationConfig
 from cbd_hub.documents import DataConfig, load_documents
@@ -113,6 +122,103 @@ def test_blocks_go_along_where_the_form_is_the_same(founding: Founding, tmp_path
     assert fresh is not None and carried is not None and carried < fresh - 0.3
 
 
+LLAMA = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True}  # fmt: skip
+REASONS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "form": ("gpt2", GPT2, r"gpt2 blocks have another form than llama's"),
+    "form of norms": ("olmo2", LLAMA, r"olmo2 blocks have another form than llama's"),
+    "width": ("llama", {"hidden_size": 48}, r"hidden_size 48 is above the source's 32"),
+    "depth": ("llama", {"num_hidden_layers": 4}, r"num_hidden_layers 4 is above the source's 3"),
+    "head_dim": ("llama", {"head_dim": 4}, r"head_dim 4 is not the source's 8"),
+    "ratio": ("llama", {"num_key_value_heads": 1}, r"num_attention_heads / num_key_value_heads 4 is above .* 2"),
+    "field": ("mistral", {**LLAMA, "rms_norm_eps": 1e-3}, r"rms_norm_eps is 0\.001 in the mistral config and 1e-06"),
+    "window": ("mistral", {**LLAMA, "rms_norm_eps": 1e-6, "sliding_window": 5}, r"sliding_window is \[5, 5, 5\]"),
+}
+
+
+@pytest.mark.parametrize(("architecture", "config", "reason"), REASONS.values(), ids=list(REASONS))
+def test_fresh_blocks_say_why(
+    founding: Founding, tmp_path: Path, architecture: str, config: dict[str, Any], reason: str
+) -> None:
+    said: list[str] = []
+    wanted = setting(tmp_path, use=["transplant"], architecture=architecture, config=config, training={"tokens": 0})
+    _, _, made = found(wanted, founding, tmp_path / "work", say=said.append, progress=False)
+    assert made.carried == ["embeddings"] and made.fresh_blocks is not None
+    assert re.search(reason, made.fresh_blocks)
+    assert f"its blocks are fresh: {made.fresh_blocks}" in said and "\n" not in made.fresh_blocks
+
+
+def test_a_source_whose_head_is_untied(founding: Founding, tmp_path: Path) -> None:
+    model = tiny_model(tiny_config("llama", vocab_size=len(founding.source_tokenizer), tie_word_embeddings=False))
+    wanted = setting(tmp_path, use=["transplant"], architecture=None, training={"tokens": 0})
+    wanted = wanted.model_copy(update={"config": {"tie_word_embeddings": True}})
+    _, _, made = found(wanted, replace(founding, source=model), tmp_path / "work", progress=False)
+    assert "source's head is untied" in str(made.fresh_blocks)
+
+
+@pytest.mark.parametrize("use", [[], ["seqkd"]])
+def test_nothing_was_to_be_carried(founding: Founding, tmp_path: Path, use: list[str]) -> None:
+    wanted = setting(tmp_path, use=use, training={"tokens": 0})
+    said: list[str] = []
+    _, _, made = found(wanted, founding, tmp_path / "work", say=said.append, progress=False)
+    assert made.fresh_blocks is None and not any("fresh" in text for text in said)
+    assert Bridge.model_validate_json(made.model_dump_json(exclude={"fresh_blocks"})) == made  # an older manifest
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "smollm3"])
+def test_lists_of_an_entry_a_layer_follow_the_depth(founding: Founding, tmp_path: Path, family: str) -> None:
+    fields = dict(VARIANTS[f"{family}-sliding" if family == "qwen2" else family][1])
+    config = tiny_config(family, **{**fields, "vocab_size": len(founding.source_tokenizer)})
+    on = replace(founding, source=tiny_model(config))
+    wanted = setting(tmp_path, use=["transplant"], architecture=None, config={"num_hidden_layers": 2})
+    model, _, made = found(wanted, on, tmp_path / "work", progress=False)
+    assert made.carried == ["embeddings", "blocks"] and model.config.num_hidden_layers == 2
+    assert len(model.config.layer_types) == 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("padding", [(23, 0), (0, 9), (23, 9)])
+def test_padded_vocabularies(founding: Founding, tmp_path: Path, family: str, padding: tuple[int, int]) -> None:
+    """Rows behind the tokenizer's tokens, as Qwen has them: of anchor zero, of the source, of both."""
+    assert founding.source is not None and founding.source_tokenizer is not None
+    source = copy.deepcopy(founding.source)
+    source.resize_token_embeddings(len(founding.source_tokenizer) + padding[1], mean_resizing=False)
+    with torch.no_grad():
+        source.get_input_embeddings().weight[len(founding.source_tokenizer) :] = 0.01
+    size = len(founding.tokenizer) + padding[0]
+    fields = {"vocab_size": size, **(GPT2 if family == "gpt2" else {"num_hidden_layers": 2})}
+    use = ["transplant", "logits", "seqkd"]
+    wanted = setting(tmp_path, use=use, architecture=family, config=fields)
+    said: list[str] = []
+    on = replace(founding, source=source)
+    model, training, made = found(wanted, on, tmp_path / "work", say=said.append, progress=False)
+    assert model.config.vocab_size == len(model.get_input_embeddings().weight) == size
+    assert made.carried == (["embeddings"] if family == "gpt2" else ["embeddings", "blocks"]), made.fresh_blocks
+    assert training.best_loss is not None and training.best_loss < math.log(size) and made.generated_documents > 0
+    with torch.no_grad():
+        probabilities = model(founding.calibration).logits.softmax(-1)
+    assert probabilities[..., len(founding.tokenizer) :].sum(-1).mean() < 0.2  # rows of no token claim little
+
+
+def test_a_vocabulary_below_the_tokenizer_is_refused(founding: Founding, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"bridge\.config\.vocab_size is 99, and the tokenizer has"):
+        found(setting(tmp_path, config={**GPT2, "vocab_size": 99}), founding, tmp_path / "work", progress=False)
+
+
+def test_text_that_the_source_alters_is_counted_and_said(founding: Founding, tmp_path: Path) -> None:
+    state = json.loads(founding.source_tokenizer.backend_tokenizer.to_str())
+    state["normalizer"] = {"type": "NFC"}
+    backend = PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(json.dumps(state)), eos_token="<|endoftext|>")
+    text = [{"text": "A cafe\u0301 in Vie\u0302\u0301t Nam. "}, {"text": "A caf\u00e9 and a war. " * 3}] * 40
+    blocks = pack(Dataset.from_list(text), founding.tokenizer, 32)
+    on = replace(founding, source_tokenizer=backend, train=blocks, documents=lambda: iter(text))
+    said: list[str] = []
+    found(setting(tmp_path, use=["logits"]), on, tmp_path / "work", say=said.append, progress=False)
+    (line,) = [text for text in said if text.startswith("of the text")]
+    assert int(re.search(r"([\d,]+) skipped segments", line)[1].replace(",", "")) > 0
+    assert int(re.search(r"([\d,]+) groups", line)[1].replace(",", "")) > 100
+
+
 def test_one_vocabulary_is_plain_distillation(
     founding: Founding, source: tuple[PreTrainedModel, Tokenizer], documents: list[dict[str, str]], tmp_path: Path
 ) -> None:
@@ -159,12 +265,90 @@ def test_a_bridged_chain_gives_models_of_any_size(tmp_path: Path, capsys: pytest
     assert model.config.model_type == "gpt2" and small < model.num_parameters() < large
     for card in (str(chain_card(chain.manifest)), str(anchor_card(chain.manifest, chain.manifest.anchors[0]))):
         assert "bridge" in card and "transplant" in card and "llama" in card
+    assert "its blocks are fresh: gpt2 blocks have another form" in shown.err
+    assert "its blocks were fresh (gpt2 blocks have another form" in str(chain_card(chain.manifest))
     before = digests(tmp_path / "chain")
     build_chain(recipe(tmp_path), tmp_path / "chain", progress=False)  # finished: nothing is made again
     assert digests(tmp_path / "chain") == before
     with pytest.raises(Exception, match="another recipe"):
         changed = recipe(tmp_path, bridge={**recipe(tmp_path)["bridge"], "k": 3})
         build_chain(changed, tmp_path / "chain", progress=False)
+
+
+# -- killed and gone on with
+
+
+def kill_recipe(place: Path) -> Path:
+    """A bridge that writes text, learns it and compares predictions, then an anchor; some twenty steps each."""
+    bridge = {
+        "use": ["transplant", "logits", "seqkd"],
+        "architecture": "gpt2",
+        "config": GPT2,
+        "training": {**TRAINING, "eval_every": 4},
+        "generation": {"documents": 70, "prompt_tokens": 8, "sampling": {"max_new_tokens": 12}},
+        "cache": "text",  # beside the recipe, so that two places have one recipe
+    }
+    distillation = {"tokens": 2048, "learning_rate": 3e-3, "batch_size": 4, "eval_every": 4}
+    told = recipe(place, bridge=bridge, distillation=distillation, evaluation={"tokens": 600, "curve_points": 0})
+    place.mkdir(exist_ok=True)
+    (place / "recipe.yaml").write_text(yaml.safe_dump(told, sort_keys=False))
+    return place / "recipe.yaml"
+
+
+def shards(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*/*.jsonl"))
+
+
+def best_of(folder: Path) -> bool:
+    """Whether training is under way: its best weights are in a file, which goes when it ends."""
+    return (folder / ".build" / "work" / "best.safetensors").is_file()
+
+
+def recorded(folder: Path, index: int) -> bool:
+    return (folder / ".build" / f"step-{index}.json").is_file()
+
+
+MOMENTS: dict[str, Callable[[Path, Path], bool]] = {
+    "the first text is written": lambda folder, cache: len(shards(cache)) == 1,
+    "anchor zero is trained": lambda folder, cache: best_of(folder) and not recorded(folder, 0),
+    "its record is written": lambda folder, cache: (folder / ".build" / "bridge.json").is_file(),
+    "between the anchors": lambda folder, cache: recorded(folder, 0),
+    "the next anchor is trained": lambda folder, cache: best_of(folder) and recorded(folder, 0),
+    "all anchors are there": lambda folder, cache: recorded(folder, 1),
+}
+
+
+@functools.cache
+def undisturbed() -> tuple[dict[str, str], list[str], dict[str, str]]:
+    """The same chain, built without a kill: digests, records, and the text by name."""
+    with tempfile.TemporaryDirectory(prefix="cbd-hub-test-") as name:
+        place = Path(name)
+        build_chain(kill_recipe(place), place / "chain", progress=False)
+        records = sorted(p.name for p in (place / "chain" / ".build").iterdir())
+        text = {p.name: p.read_text() for p in shards(place / "text")}
+        return digests(place / "chain"), records, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_bridge_goes_on_and_ends_with_the_same_chain(moment: str, tmp_path: Path) -> None:
+    told, folder, cache = kill_recipe(tmp_path), tmp_path / "chain", tmp_path / "text"
+    process = start_build(told, folder)
+    try:
+        wait_for(lambda folder: MOMENTS[moment](folder, cache), folder, process)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL and not (folder / "chain.json").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in shards(cache)}
+    build_chain(told, folder, progress=False)
+    expected, records, text = undisturbed()
+    assert digests(folder) == expected
+    assert sorted(p.name for p in (folder / ".build").iterdir()) == records
+    assert {path.name: path.read_text() for path in shards(cache)} == text
+    after = {path.name: path.stat().st_mtime_ns for path in shards(cache)}
+    assert before.items() <= after.items()  # what was written whole is not written again
+    assert not [path for root in (folder, cache) for path in root.rglob("*") if "partial" in path.name]
 
 
 def test_a_server_that_is_down_loses_nothing(tmp_path: Path) -> None:

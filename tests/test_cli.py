@@ -7,6 +7,7 @@ own (the installed entry point, tracebacks, progress bars, a stranger who loads 
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
+from tiny_models import tiny_config, tiny_model
 from tiny_recipe import TEXT, built_chain, digests, tiny_recipe
 
 from cbd_hub.assemble import Chain
@@ -286,6 +289,77 @@ def test_eval_prints_a_path_with_brackets_as_it_is(run: Run, tmp_path: Path) -> 
 
 def test_eval_without_text_says_what_to_give(run: Run) -> None:
     assert "--text FILE" in failed(run("eval", built_chain()))
+
+
+def test_eval_of_several_with_plot_and_cards(run: Run, tmp_path: Path) -> None:
+    """A chain, an anchor and a model of another tokenizer: one table, one plot, a card each."""
+    chain = tmp_path / "chain"
+    shutil.copytree(built_chain(), chain, ignore=shutil.ignore_patterns(".build"))
+    before = ModelCard.load(chain / "README.md")
+    other = tmp_path / "other"
+    train_tokenizer([{"text": Path(HELD_OUT).read_text(encoding="utf-8")}], 400).save_pretrained(other)
+    tiny_model(tiny_config("llama", vocab_size=400)).save_pretrained(other)
+    anchors = [a.name for a in Chain.from_pretrained(chain).anchors]
+    options = ("--text", HELD_OUT, "--sequence-length", 32, "--max-tokens", 300)
+    told = run("eval", chain, other, *options, "--json", "--plot", tmp_path / "a.png", "--update-card")
+    assert told.code == 0, told.err
+    assert [(row["of"], row["name"]) for row in told.json] == [
+        *((str(chain), name) for name in anchors),
+        (str(other), str(other)),
+    ]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    after = ModelCard.load(chain / "README.md")
+    assert after.text == before.text
+    values = {result.metric_name: result.metric_value for result in after.data.eval_results}
+    assert all(values[f"loss of {row['name']}"] == row["loss"] for row in told.json[:3])
+    assert {r.metric_name for r in before.data.eval_results} < set(values)
+    (loss,) = [r for r in ModelCard.load(other / "README.md").data.eval_results if r.metric_type == "loss"]
+    assert (loss.metric_value, loss.dataset_name) == (told.json[3]["loss"], Path(HELD_OUT).name)
+    assert len(Chain.from_pretrained(chain).anchors) == 3  # a chain it still is
+
+    table = run("eval", chain, other, *options, "--update-card")
+    assert table.code == 0, table.err
+    assert "the tokenizers differ, so only bits a byte compare" in table.out
+    assert all(f"{row['bits_per_byte']:.4f}" in table.out for row in told.json)
+    assert f"results written into {other / 'README.md'}" in table.out
+    assert str(ModelCard.load(chain / "README.md")) == str(after)
+    alike = run("eval", chain, chain / "anchors" / anchors[0], *options)
+    assert alike.code == 0 and "tokenizers differ" not in alike.out
+
+
+def test_eval_of_summaries(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("rouge_score", reason="needs rouge-score: pip install 'cbd_hub[eval]'")
+    long = "Fellow citizens of the Senate and the House. " * 10
+    rows = [{"prompt": prompt, "reference": "a nation of laws"} for prompt in (long, "The people", long)]
+    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--summaries", tmp_path / "s.jsonl", "--max-new-tokens", 16)
+    told = run("eval", built_chain(), *options, "--json", "--plot", tmp_path / "a.png")
+    assert told.code == 0, told.err
+    assert [row["metric"] for row in told.json] == ["rouge1", "rouge2", "rougeL"] * 3
+    assert {(row["items"], row["truncated"]) for row in told.json} == {(3, 2)}
+    assert (tmp_path / "a.png").is_file()
+    table = run("eval", built_chain(), *options)
+    assert table.code == 0, table.err
+    assert "greedy; ROUGE F1 by rouge-score" in table.out
+    assert "2 items of s.jsonl were longer than the context and lost their beginning" in table.out
+    limited = run("eval", built_chain(), *options, "--limit", 2, "--json")
+    assert {(row["items"], row["truncated"]) for row in limited.json} == {(2, 1)}
+    assert run("eval", built_chain(), *options, "--text", HELD_OUT).code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text", "missing.txt", "--update-card"], "org/name is no local folder"),
+        (["--text", "missing.txt", "--plot", "a.pdf"], "FILE.png"),
+        (["--text", "missing.txt", "--plot", "no/a.png"], "no folder for the plot"),
+        (["--summaries", "missing.jsonl"], "missing.jsonl cannot be read"),
+    ],
+)
+def test_eval_refuses_before_it_measures(options: list[str], message: str, run: Run, tmp_path: Path) -> None:
+    """Nothing is looked for on the Hub, and not even the text is read."""
+    assert message in failed(run("eval", built_chain(), "org/name", *options))
+    assert not list(tmp_path.iterdir())
 
 
 # -- wrong usage and failure

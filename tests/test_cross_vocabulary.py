@@ -40,7 +40,7 @@ def model(family: str, size: int) -> PreTrainedModel:
 class Case:
     """A student (Llama) and a teacher (GPT-2) that read one batch."""
 
-    def __init__(self, student_size: int = 300, teacher_size: int = 500) -> None:
+    def __init__(self, student_size: int = 300, teacher_size: int = 500, padding: tuple[int, int] = (0, 0)) -> None:
         ours, theirs = tokenizer(student_size), tokenizer(teacher_size)
         ids = [i for text in TEXTS for i in [*ours(text)["input_ids"], ours.eos_token_id]]
         self.ids = torch.tensor(ids[: len(ids) // 2 * 2]).view(2, -1)[:, :48]
@@ -51,11 +51,12 @@ class Case:
         batch = TokenAligner(ours, theirs).align(self.ids, self.labels)
         self.teacher_ids, self.groups = batch["teacher_input_ids"], batch["groups"]
         with torch.no_grad():
-            self.hidden, self.head = hidden_and_head(model("llama", len(ours)), self.ids)
+            self.hidden, self.head = hidden_and_head(model("llama", len(ours) + padding[0]), self.ids)
             self.teacher, self.teacher_head = hidden_and_head(
-                model("gpt2", len(theirs)), self.teacher_ids, batch["teacher_attention_mask"]
+                model("gpt2", len(theirs) + padding[1]), self.teacher_ids, batch["teacher_attention_mask"]
             )
-        self.hidden.requires_grad_()
+        self.head.bias = nn.Parameter(torch.linspace(-1, 1, len(self.head.weight), dtype=torch.float64))
+        self.inputs = self.hidden.requires_grad_(), self.head.weight.requires_grad_(), self.head.bias
 
     def loss(self, rows: slice = slice(None), **options: object) -> CrossTerms:
         inside = torch.isin(self.groups[:, 0], torch.arange(2)[rows])
@@ -119,8 +120,123 @@ def test_equals_the_plain_formula(divergence: str, temperature: float) -> None:
     assert uld > 0
     for got, expected in ((terms.loss, loss), (terms.kl, kl), (terms.uld, uld)):
         torch.testing.assert_close(got.detach(), expected.detach(), rtol=1e-5, atol=1e-9)
-    (got,), (expected,) = (torch.autograd.grad(x, case.hidden) for x in (terms.loss, loss))
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-8)
+    for got, expected in zip(*(torch.autograd.grad(x, case.inputs) for x in (terms.loss, loss)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-8)
+
+
+def gradients(case: Case, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, case.inputs))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 5, 1000])
+def test_chunks_of_any_length_make_the_same(chunk_tokens: int) -> None:
+    case, one = Case(), {"uld": 0.5, "temperature": 2.0}
+    assert case.groups[:, 2].max() > 2  # longer than a chunk
+    got, expected = case.loss(chunk_tokens=chunk_tokens, **one), case.loss(chunk_tokens=48, **one)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradients(case, got.loss), gradients(case, expected.loss))
+
+
+def test_a_head_that_is_not_plain_is_walked_alike() -> None:
+    case = Case()
+    expected = case.loss(uld=0.5, chunk_tokens=9)
+    expected_gradients = gradients(case, expected.loss)
+    linear = case.head
+    case.head = lambda hidden: linear(hidden)
+    got = case.loss(uld=0.5, chunk_tokens=9)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradients(case, got.loss), expected_gradients)
+
+
+def test_tied_and_scaled_gradients() -> None:
+    """The head's weight is an embedding too, and the loss is weighed behind the function."""
+    case = Case()
+    found = []
+    for which in ("plain", "own"):
+        weight = case.head.weight
+        case.hidden = nn.functional.embedding(case.ids, weight)
+        loss = case.loss(uld=0.5).loss if which == "own" else plain(case, "forward_kl", 1.0, 1.0, 1.0, 0.5)[0]
+        found.append(torch.autograd.grad(3 * loss, weight)[0])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-8)
+
+
+def test_a_frozen_head_and_no_gradients_at_all() -> None:
+    case = Case()
+    expected = case.loss()
+    with torch.no_grad():
+        torch.testing.assert_close(case.loss(), expected)
+    case.head.requires_grad_(False)
+    (got,) = torch.autograd.grad(case.loss().loss, case.hidden)
+    torch.testing.assert_close(got, torch.autograd.grad(expected.loss, case.hidden)[0])
+
+
+def test_under_autocast_it_is_rounded_and_no_more() -> None:
+    case = Case()
+    case.head.float()
+    case.teacher_head.to(torch.float32)
+    case.teacher, case.hidden = case.teacher.float(), case.hidden.detach().float().requires_grad_()
+    case.inputs = case.hidden, case.head.weight, case.head.bias
+    expected = case.loss()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = case.loss()
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-2, atol=0)
+    for a, b in zip(gradients(case, got.loss), gradients(case, expected.loss), strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() < 0.05 * b.norm()
+    case.teacher_head.to(torch.float64)
+
+
+def test_each_head_runs_once_a_position() -> None:
+    case, rows = Case(), []
+    head = case.teacher_head
+    case.teacher_head = lambda hidden: (rows.append(len(hidden)), head(hidden))[1]
+    case.loss(chunk_tokens=9).loss.backward()
+    assert sum(rows) == case.groups[:, 4].sum() > len(case.groups)
+
+
+@pytest.mark.parametrize("padding", [(13, 0), (0, 7), (13, 7)])
+def test_padded_logits_belong_to_the_rest(padding: tuple[int, int]) -> None:
+    case, options = Case(padding=padding), {"uld": 0.5, "temperature": 2.0}
+    assert case.head.out_features - 300 == padding[0]
+    terms, (loss, kl, uld) = case.loss(**options), plain(case, "forward_kl", 2.0, 1.0, 1.0, 0.5)
+    torch.testing.assert_close((terms.loss, terms.kl, terms.uld), (loss, kl, uld), rtol=1e-5, atol=1e-9)
+    expected = gradients(case, loss)
+    torch.testing.assert_close(gradients(case, terms.loss), expected, rtol=1e-5, atol=1e-8)
+    if padding[0]:
+        assert expected[1][300:].any(1).all()  # and they are pushed down, or up, as a part of it
+
+
+@pytest.mark.parametrize("padding", [(13, 13), (13, 7)])
+def test_one_padded_vocabulary(padding: tuple[int, int]) -> None:
+    """Padding of different sizes meets as the rest; the tokens meet one by one."""
+    case = Case(500, 500, padding)
+    terms, size = case.loss(ce=0.0), len(case.vocabularies[0])
+    log_q, log_p = case.head(case.hidden).log_softmax(-1), case.teacher_head(case.teacher).log_softmax(-1)
+    q, p = (torch.cat([x[..., :size], x[..., size:].logsumexp(-1, keepdim=True)], -1) for x in (log_q, log_p))
+    valid = case.labels[:, 1:] != -100
+    expected = ((p.exp() * (p - q)).sum(-1)[:, :-1][valid]).sum() / valid.sum()
+    torch.testing.assert_close(terms.kl, expected.detach(), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(gradients(case, terms.loss), gradients(case, expected), rtol=1e-5, atol=1e-8)
+
+
+def test_a_rest_that_only_the_teacher_has_adds_a_constant() -> None:
+    torch.manual_seed(0)
+    head, teacher_head = nn.Linear(4, 6, dtype=torch.float64), nn.Linear(4, 9, dtype=torch.float64)
+    hidden = torch.randn(1, 5, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(1, 5, 4, dtype=torch.float64)
+    ids, place = torch.randint(6, (1, 5)), torch.arange(4)
+    groups = torch.stack([place * 0, place, place * 0 + 1, place, place * 0 + 1], 1)
+    pairs = Pairs(torch.arange(6), torch.arange(2, 8), False)
+    terms = cross_vocabulary_loss(
+        hidden, head, teacher, teacher_head, ids, ids, ids + 2, groups, pairs, ce=0, num_items=1
+    )
+    p, log_q = teacher_head(teacher)[0, :4].softmax(-1), head(hidden)[0, :4].log_softmax(-1)
+    rest = p[:, [0, 1, 8]].sum(-1)
+    without = (p[:, 2:8] * (p[:, 2:8].log() - log_q)).sum()
+    constant = (rest * (rest.log() - math.log(FLOOR))).sum()
+    assert constant > 10
+    torch.testing.assert_close(terms.loss, without + constant)
+    inputs = hidden, head.weight, head.bias
+    torch.testing.assert_close(*(torch.autograd.grad(x, inputs) for x in (terms.loss, without)))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -1,11 +1,13 @@
 """Groups of real tokenizers' tokens spell the same bytes."""
 
+import json
 import pickle
 
 import pytest
 import torch
 from test_vocabulary import byte_level, sentence_piece
 from tiny_text import make_text
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -98,6 +100,41 @@ def test_text_that_spells_a_special_token_is_skipped() -> None:
     ids = torch.tensor([byte_level()("a <s> b")["input_ids"]])
     aligner = TokenAligner(byte_level(), sentence_piece())
     assert len(aligner.align(ids)["groups"]) == 0 and aligner.counts["skipped_segments"] == 1
+
+
+def composing() -> PreTrainedTokenizerFast:
+    """Qwen's kind: a normalizer composes characters before anything else."""
+    tokenizer = byte_level()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["normalizer"] = {"type": "NFC"}
+    backend = Tokenizer.from_str(json.dumps(state))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokenizer.eos_token)
+
+
+@pytest.mark.parametrize("length", [7, 48])
+def test_text_that_a_normalizer_composes_yields_no_group_and_the_other_all(length: int) -> None:
+    """Decomposed characters: their segment is counted as skipped, and is read all the same; others are as ever."""
+    whole, altered = "At a café in 1945, 漢字. ", "At a cafe\u0301 in Vie\u0302\u0323t Nam. "
+    ids = blocks(small(), length, (whole * 4, altered * 4, whole * 4))
+    aligner, plain = TokenAligner(small(), composing()), TokenAligner(small(), byte_level())
+    batch, expected = aligner.align(ids), plain.align(ids)
+    pairs = spelled(aligner, ids, batch)
+    assert pairs and all(ours == theirs for ours, theirs in pairs)
+    assert aligner.counts["skipped_segments"] > plain.counts["skipped_segments"] == 0
+    assert 0 < len(batch["groups"]) < len(expected["groups"])
+    marks = torch.tensor([i for i, token in enumerate(aligner.student.tokens) if token and b"\xcc" in token])
+    same = (~torch.isin(ids, marks)).all(1)  # rows without a combining mark
+    assert same.any() and not same.all()
+    for row in same.nonzero()[:, 0].tolist():
+        assert torch.equal(*(x["groups"][x["groups"][:, 0] == row] for x in (batch, expected)))
+
+
+def test_a_student_that_composes_has_read_what_it_spells() -> None:
+    """Its ids are of the composed text, so that both sides agree on the bytes."""
+    ids = blocks(composing(), 33, ("At a cafe\u0301 in Vie\u0302\u0323t Nam. " * 6,))
+    aligner = TokenAligner(composing(), small())
+    pairs = spelled(aligner, ids, aligner.align(ids))
+    assert pairs and all(ours == theirs for ours, theirs in pairs) and aligner.counts["skipped_segments"] == 0
 
 
 def test_it_can_be_pickled() -> None:

@@ -1,5 +1,6 @@
 """Transplants between real tokenizers: what is shared is the same model, and the rest is better than chance."""
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -156,11 +157,30 @@ def test_sentencepiece_with_byte_fallback_shares_its_tokens() -> None:
     assert report.copied == 257 and report.random == 1  # 256 bytes and " the"; there is no end of text
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_padded_rows_are_read_from_no_token_and_belong_to_none(tied: bool) -> None:
+    source = model_of(400, tie_word_embeddings=tied)
+    padded = copy.deepcopy(source)
+    padded.resize_token_embeddings(416, mean_resizing=False)
+    with torch.no_grad():
+        for table in (padded.get_input_embeddings(), padded.get_output_embeddings()):
+            table.weight[400:] = 1e6  # would show in every mean
+    plain, _ = transplant_vocabulary(source, tokenizer(400), tokenizer(500, 3), progress=False)
+    model, report = transplant_vocabulary(padded, tokenizer(400), tokenizer(500, 3), rows=512, progress=False)
+    assert model.config.vocab_size == 512 and report.random >= 12
+    assert report.copied + report.pieces + report.random == 512
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine[: len(other)], other)
+        assert mine.abs().max() < 100
+    with pytest.raises(RecipeError, match="rows is 499, and the new tokenizer has 500"):
+        transplant_vocabulary(padded, tokenizer(400), tokenizer(500, 3), rows=499, progress=False)
+
+
 def test_bad_input_is_refused() -> None:
     source, old = model_of(257), tokenizer(257)
     with pytest.raises(RecipeError, match="Unknown method 'nearest'; use one of omp, pieces, random"):
         transplant_vocabulary(source, old, tokenizer(300), method="nearest")  # type: ignore[arg-type]
-    with pytest.raises(RecipeError, match="donor_embeddings has 3 rows and the new tokenizer 300"):
+    with pytest.raises(RecipeError, match="donor_embeddings has 3 rows and the new embedding 300"):
         transplant_vocabulary(source, old, tokenizer(300), donor_embeddings=torch.ones(3, 4))
     few = byte_tokenizer({"Ä": 0, "Ö": 1})
     with pytest.raises(RecipeError, match="no token for"):
