@@ -218,6 +218,19 @@ def measure_controls(bench: Bench) -> None:
     bench.keep("seed 1", second_seed)
 
 
+def build_cost(folder: Path) -> dict[str, dict[str, float]]:
+    """Seconds of each anchor's ranking, and of its refit and distillation, from when a build wrote its records."""
+    at = {path.name: path.stat().st_mtime for path in (folder / ".build").glob("*.json")}
+    return {
+        f"step {i}": {
+            "ranking": round(at[f"ranking-{i}.json"] - at[f"step-{i - 1}.json"], 1),
+            "training": round(at[f"step-{i}.json"] - at[f"ranking-{i}.json"], 1),
+        }
+        for i in range(1, len(at))
+        if f"ranking-{i}.json" in at and f"step-{i}.json" in at
+    }
+
+
 def write(bench: Bench) -> None:
     """The tables and the plot, from the JSON alone."""
     found, manifest = bench.found, bench.chain.manifest
@@ -237,17 +250,23 @@ def write(bench: Bench) -> None:
     names = ["interpolate", "refine", "prune", "prune + refit", "expand", "paper"]
     more = list(VARIANTS)
     lines = ["## Anchors", ""]
-    lines.append("| anchor | parameters | tokens | cut | refitted | distilled | held-out | other domain |")
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for a in manifest.anchors:
-        t = a.training
+    head = (
+        "anchor | parameters | tokens | ranking (s) | training (s) | tokens/s | cut | refitted | distilled | held-out"
+    )
+    lines += [f"| {head} | other domain |", "|---" * 11 + "|"]
+    for i, a in enumerate(manifest.anchors):
+        t, cost = a.training, found.get("build", {}).get(f"step {i}")
+        spent = f"{cost['ranking']:.0f} | {cost['training']:.0f}" if cost else "– | –"
+        rate = f"{t.tokens / cost['training']:.0f}" if t and cost else "–"
         trained = [f"{v:.3f}" if v else "–" for v in ((t.cut_loss, t.start_loss, t.best_loss) if t else (0, 0, 0))]
         other = mean(found[f"anchor {a.name}"], "another domain")
         lines.append(
-            f"| {a.name} | {a.num_parameters / 1e6:.1f}M | {t.tokens if t else 0:,} | {' | '.join(trained)} | "
+            f"| {a.name} | {a.num_parameters / 1e6:.1f}M | {t.tokens if t else 0:,} | {spent} | {rate} | "
+            f"{' | '.join(trained)} | "
             f"{loss[a.name]:.3f} | {other:.3f} |"
         )
-    lines += ["", "(cut, refitted, distilled: on the validation text, which chose the checkpoint)"]
+    lines += ["", "Cut, refitted, distilled: on the validation text, which chose the checkpoint. Training: refit,"]
+    lines += ["distillation and its evaluations, so tokens/s is a lower bound; one thread."]
     lines += ["", "## Methods", ""]
     head = ["parameters", "r", "straight line", *names, *more]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -312,6 +331,8 @@ def main() -> None:
     parser.add_argument("--only", choices=("methods", "controls", "refine", "variants", "table"), nargs="*")
     options = parser.parse_args()
     bench = Bench(options.chain, options.recipe, options.results)
+    if (options.chain / ".build").is_dir():
+        bench.keep("build", lambda: build_cost(options.chain))
     parts: dict[str, Callable[[Bench], None]] = {
         "methods": measure_methods,
         "refine": measure_refine,
