@@ -206,10 +206,11 @@ def measure(bench: Bench, name: str, seeds: list[int], most: int | None) -> None
         for way in WAYS if most is None else WAYS[:most]:
             bench.keep(f"{name} | {' + '.join(way) or 'corpus alone'} | seed {seed}", lambda w=way, s=seed: arm(w, s))
 
-    def goes_on() -> dict[str, Any]:
-        config = settings(kind, ("transplant", "logits"), 0)
+    def goes_on(seed: int) -> dict[str, Any]:
+        config = settings(kind, ("transplant", "logits"), seed)
         rate = kind["rates"]["carried"]
         distillation = {"tokens": ANCHOR_TOKENS, "learning_rate": rate / 2, "batch_size": 4, "eval_every": 12}
+        distillation["seed"] = seed
         chain = build_chain(
             recipe(
                 str(place),
@@ -217,7 +218,7 @@ def measure(bench: Bench, name: str, seeds: list[int], most: int | None) -> None
                 anchors=[{"shape": kind["smaller"]}],
                 distillation=distillation,
             ),
-            WORK / f"chain-{kind['architecture']}",
+            WORK / f"chain-{kind['architecture']}-{seed}",
             progress=False,
         )
         large, small = chain.anchors
@@ -225,7 +226,7 @@ def measure(bench: Bench, name: str, seeds: list[int], most: int | None) -> None
         between = chain.initialize(plan, progress=False)
         shape = {k: v for k, v in plan.shape.items() if k not in ("vocab_size", "head_dim")}
         alone = {**kind, "config": {**kind["config"], **shape}}
-        scratch, _, _ = found(settings(alone, (), 0, TOKENS + ANCHOR_TOKENS), on, WORK / "work", progress=False)
+        scratch, _, _ = found(settings(alone, (), seed, TOKENS + ANCHOR_TOKENS), on, WORK / "work", progress=False)
         return {
             "anchors": {a.name: measured(a.load(), test, tokenizer) for a in chain.anchors},
             "between": measured(between, test, tokenizer),
@@ -234,7 +235,8 @@ def measure(bench: Bench, name: str, seeds: list[int], most: int | None) -> None
             "scratch_parameters": scratch.num_parameters(),
         }
 
-    bench.keep(f"{name} | chain", goes_on)
+    for seed in seeds:
+        bench.keep(f"{name} | chain | seed {seed}", lambda s=seed: goes_on(s))
 
 
 def arms(found: dict[str, Any], name: str, way: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -246,6 +248,11 @@ def arms(found: dict[str, Any], name: str, way: tuple[str, ...]) -> list[dict[st
 def mean(rows: list[dict[str, Any]]) -> float:
     """Bits a byte, over the seeds."""
     return float(np.mean([row["bits"] for row in rows]))
+
+
+def spread(bits: list[float]) -> str:
+    """Half of the range over the seeds, or a mark where there is one."""
+    return f" ±{np.ptp(bits) / 2:.3f}" if len(bits) > 1 else "¹"
 
 
 def lost(found: dict[str, Any]) -> list[tuple[str, str, float, float]]:
@@ -291,22 +298,24 @@ def markdown(found: dict[str, Any]) -> str:
         for way in WAYS:
             if not (rows := arms(found, name, way)):
                 continue
-            spread = f" ±{np.ptp([row['bits'] for row in rows]) / 2:.3f}" if len(rows) > 1 else "¹"
-            gap = f"{mean(rows) - base:+.3f}" if way else "–"
+            error, gap = spread([row["bits"] for row in rows]), f"{mean(rows) - base:+.3f}" if way else "–"
             seconds = " / ".join(f"{row['seconds']:.0f}" for row in rows)
             start = ", ".join(rows[0]["carried"]) or "random weights"
             lines.append(
-                f"| {' + '.join(way) or 'corpus alone'} | {start} | {mean(rows):.3f}{spread} | {gap} | {seconds} |"
+                f"| {' + '.join(way) or 'corpus alone'} | {start} | {mean(rows):.3f}{error} | {gap} | {seconds} |"
             )
-        if chain := found.get(f"{name} | chain"):
-            lines += ["", "| the chain that goes on (transplant + logits, seed 0) | parameters | bits a byte |"]
-            lines += ["|---|---|---|"]
-            lines += [f"| anchor {anchor} | | {bits:.3f} |" for anchor, bits in chain["anchors"].items()]
-            lines.append(f"| from_chain, half-way | {chain['parameters']:,} | {chain['between']:.3f} |")
-            lines.append(
-                f"| the same shape from scratch, {TOKENS + ANCHOR_TOKENS:,} tokens | "
-                f"{chain['scratch_parameters']:,} | {chain['scratch']:.3f} |"
-            )
+        if chains := arms(found, name, ("chain",)):
+            first = chains[0]
+            rows = [(f"anchor {anchor}", "", [c["anchors"][anchor] for c in chains]) for anchor in first["anchors"]]
+            rows.append(("from_chain, half-way", f"{first['parameters']:,}", [c["between"] for c in chains]))
+            scratch = f"the same shape from scratch, {TOKENS + ANCHOR_TOKENS:,} tokens"
+            rows.append((scratch, f"{first['scratch_parameters']:,}", [c["scratch"] for c in chains]))
+            lines += [
+                "",
+                "| the chain that goes on (transplant + logits) | parameters | bits a byte |",
+                "|---|---|---|",
+            ]
+            lines += [f"| {what} | {size} | {np.mean(bits):.3f}{spread(bits)} |" for what, size, bits in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -26,7 +26,7 @@ from cbd_hub.errors import SizeError
 from cbd_hub.plan import Plan
 from cbd_hub.sizing import format_count, parse_count, solve
 
-__all__ = ["CURVE_PICTURE", "anchor_card", "chain_card", "is_generated", "model_card"]
+__all__ = ["CURVE_PICTURE", "anchor_card", "chain_card", "is_generated", "model_card", "recovered_card"]
 
 CURVE_PICTURE = "size_loss.png"
 """Picture of the size-loss curve that a chain's card shows if it lies in the chain's folder."""
@@ -145,6 +145,48 @@ def model_card(
         evaluation=evaluation,
         place=repo_id or ".",
         refine=refine,
+    )
+
+
+def recovered_card(
+    name: str,
+    parameters: int,
+    family: str,
+    *,
+    tokens: int,
+    losses: tuple[float, float],
+    test_tokens: int,
+    chain: str | None = None,
+    teacher: str | None = None,
+    kept: Mapping[str, Any] | None = None,
+) -> ModelCard:
+    """Returns the card of a model that was trained on (:mod:`cbd_hub.recover`).
+
+    Args:
+        name: What it was begun as.
+        parameters: How many it has.
+        family: Its ``model_type``.
+        tokens: Training tokens.
+        losses: On the test text, before and after, nats a token.
+        test_tokens: How many tokens these are the mean of.
+        chain: The chain that its start was made from, if it was.
+        teacher: The model that it learned from, if any.
+        kept: Metadata of the start's card that stays true: licence, language, data sets, bases.
+    """
+    return _render(
+        "recovered.md.jinja",
+        ModelCardData(
+            library_name="transformers", pipeline_tag="text-generation", tags=list(_TAGS), **dict(kept or {})
+        ),
+        name=name,
+        parameters=parameters,
+        family=family,
+        tokens=tokens,
+        start_loss=losses[0],
+        final_loss=losses[1],
+        test_tokens=test_tokens,
+        chain=chain,
+        teacher=teacher,
     )
 
 

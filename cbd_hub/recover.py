@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.assemble import Chain
+from cbd_hub.cards import recovered_card
 from cbd_hub.chain import MANIFEST_NAME, Training
 from cbd_hub.data import mix, pack
 from cbd_hub.distill import DistillationConfig, distill
@@ -47,22 +48,6 @@ __all__ = [
 ]
 
 _KEPT = ("license", "license_name", "license_link", "language", "datasets", "base_model", "base_model_relation")
-_TAGS = ["cbd-hub", "chain-based-distillation"]
-_HEAD = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": _TAGS}
-_CARD = """# {name}, recovered
-
-A language model of {parameters:,} parameters ({family}), {origin} and trained on for {tokens:,} tokens{taught}.
-
-| held-out loss (nats a token) | before | after |
-|---|--:|--:|
-| test text, {test_tokens:,} tokens | {start:.4f} | {final:.4f} |
-
-Validation text chose the weights that were kept; test text took no part in training or in that choice. Both come from
-the same collection as the training text: expect other losses on other text. `recovery.json` holds the whole curve of
-validation losses and the settings.
-
-Nothing was done about bias or unsafe output: the model inherits what its start and the text hold.
-"""
 
 
 class RecoverConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
@@ -384,15 +369,15 @@ def _kept(place: str) -> dict[str, Any]:
 
 def _card(model: PreTrainedModel, place: str, teacher: str | None, origin: Mapping[str, Any], found: Recovery) -> str:
     chain = origin.get("chain")
-    text = _CARD.format(
-        name=_told(place),
-        parameters=model.num_parameters(),
-        family=model.config.model_type,
-        origin=f"made from the chain {_told(str(chain))}" if chain else f"begun as {_told(place)}",
+    card = recovered_card(
+        _told(place),
+        model.num_parameters(),
+        model.config.model_type,
         tokens=found.training.tokens,
-        taught=f" with {_told(teacher)} as its teacher" if teacher else "",
+        losses=(found.start_loss, found.final_loss),
         test_tokens=found.test_tokens,
-        start=found.start_loss,
-        final=found.final_loss,
+        chain=_told(str(chain)) if chain else None,
+        teacher=_told(teacher) if teacher else None,
+        kept=_kept(place),
     )
-    return f"---\n{yaml.safe_dump(_HEAD | _kept(place), sort_keys=False, allow_unicode=True)}---\n\n{text}"
+    return str(card)

@@ -16,7 +16,7 @@ import pytest
 from make_chain import add_tokenizer, make_chain, variant_model
 
 ROOT = Path(__file__).resolve().parents[1]
-TEMPLATES = {"anchor.md.jinja", "chain.md.jinja", "model.md.jinja"}
+TEMPLATES = {"anchor.md.jinja", "chain.md.jinja", "model.md.jinja", "recovered.md.jinja"}
 
 
 def run_python(code: str, **environment: str) -> str:
