@@ -39,7 +39,7 @@ def build(
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of going on.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Builds a chain from a recipe; goes on where an earlier run was stopped.
+    """Builds a chain from a recipe, or goes on with a build.
 
     Example: cbd-hub build examples/recipes/quickstart.yaml --output my-chain
     """
@@ -62,9 +62,10 @@ def push(
     token: Token = None,
     as_json: Json = False,
 ) -> None:
-    """Publishes a chain: a repository for each anchor, one for the chain, and a Collection.
+    """Publishes a chain: repositories, and a Collection of them.
 
-    Pushing again uploads only what changed; a push that was interrupted is finished by the next one.
+    There is one for each anchor and one for the chain. Pushing again uploads only what changed; a push that was
+    interrupted is finished by the next one.
 
     Example: cbd-hub push my-chain my-name/my-chain --private
     """
@@ -96,7 +97,7 @@ def inspect(
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
 ) -> None:
-    """Shows the anchors of a chain, their sizes, losses and origin.
+    """Shows the anchors of a chain: sizes, losses, origin.
 
     Example: cbd-hub inspect my-chain
     """
@@ -155,7 +156,7 @@ def plan(
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
 ) -> None:
-    """Shows what from-chain would do: a dry run that reads no weights.
+    """Shows what from-chain would do, without reading a weight.
 
     Example: cbd-hub plan my-chain --num-parameters 138M
     """
@@ -193,7 +194,9 @@ def from_chain_command(
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
 ) -> None:
-    """Makes a model of any size from a chain and writes it as a ready folder: weights, config, tokenizer, card.
+    """Makes a model of any size from a chain: a ready folder.
+
+    The folder holds weights, config, tokenizer and card.
 
     Example: cbd-hub from-chain my-chain --num-parameters 138M --output my-model
     """

@@ -25,7 +25,7 @@ def vocabulary(
     as_json: Json = False,
     token: Token = None,
 ) -> None:
-    """Compares two vocabularies: what a bridge from one to the other has to go by.
+    """Compares two vocabularies, as a bridge would.
 
     Example: cbd-hub vocabulary my-chain org/source-model --text corpus.txt
     """
@@ -70,7 +70,9 @@ def eval_command(
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
 ) -> None:
-    """Measures models, and every anchor of chains: perplexity on text, accuracy on tasks, or ROUGE of what they write.
+    """Measures models and chains: on text, tasks or summaries.
+
+    A chain stands for all its anchors. Text gives perplexity and bits a byte, tasks give accuracy, summaries ROUGE.
 
     Example: cbd-hub eval my-chain my-model --text held-out.txt
     """
@@ -170,7 +172,9 @@ def recover(
     batch_size: Annotated[int, typer.Option(help="Blocks a step.", min=1)] = 8,
     as_json: Json = False,
 ) -> None:
-    """Trains a model from a chain a little further on text, and draws its curve.
+    """Trains a model from a chain further on text.
+
+    Draws the curve of its loss, against random weights if you like.
 
     Example: cbd-hub recover my-model --text 'corpus/*.txt' --output recovered --tokens 5M --teacher my-chain
     """
@@ -213,7 +217,7 @@ def app_command(
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
 ) -> None:
-    """Opens a page to look at a chain: choose a size, build it, hear it write beside its anchors.
+    """Opens a page: choose a size, build it, let it write.
 
     Example: cbd-hub app my-chain
     """

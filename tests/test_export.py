@@ -94,3 +94,15 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"tokenizer\.json"):
         write_model(chain, plan, tmp_path / "out", progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["chain"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_gives_the_same_logits(tmp_path: Path) -> None:
+    chain = Chain.from_pretrained(make_chain(tmp_path / "chain", variant_model("llama")))
+    large, small = (anchor.num_parameters for anchor in chain.anchors[:2])
+    model = chain.initialize(chain.plan((large + small) // 2), progress=False)
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model)(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
