@@ -16,7 +16,7 @@ import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import cached_property, wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,10 @@ class Workbench:
         self._where = where
         self._chain: Chain | None = None
         self._models: OrderedDict[Any, PreTrainedModel] = OrderedDict()
-        self._packed = tempfile.TemporaryDirectory(prefix="cbd-hub-app-")
+
+    @cached_property
+    def _packed(self) -> "tempfile.TemporaryDirectory[str]":
+        return tempfile.TemporaryDirectory(prefix="cbd-hub-app-")
 
     @property
     def chain(self) -> Chain:
