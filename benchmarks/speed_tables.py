@@ -35,9 +35,14 @@ def ratios(row: Mapping[str, Any], what: str) -> dict[str, float]:
     return {name: value / against for name, (value, against) in pairs.items() if value is not None and against}
 
 
+def judged(row: Mapping[str, Any]) -> dict[str, float]:
+    """Goal → the ratio that decides: of CPU time where the files were in the page cache, of wall time where not."""
+    return ratios(row, "cpu" if row["cache"] == "warm" else "wall")
+
+
 def goals(row: Mapping[str, Any]) -> dict[str, tuple[float, bool | None]]:
     """Goal → (ratio of CPU time, whether it is met; None where it does not count)."""
-    deciding = ratios(row, "cpu" if row["cache"] == "warm" else "wall")
+    deciding = judged(row)
     found: dict[str, tuple[float, bool | None]] = {}
     for name, value in ratios(row, "cpu").items():
         bound = deciding[name]
