@@ -21,17 +21,15 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from cbd_hub.divergences import Divergence, DivergenceName
 from cbd_hub.errors import RecipeError
-from cbd_hub.losses import Head, is_plain_linear
+from cbd_hub.losses import Head, head_sums
 from cbd_hub.token_groups import TokenAligner
 from cbd_hub.vocabulary import Pairs
 
@@ -176,10 +174,7 @@ def cross_vocabulary_loss(
         temperature=temperature,
         chunk_tokens=chunk_tokens,
     )
-    if torch.is_grad_enabled() and is_plain_linear(student_head):
-        loss, *sums = _LinearHeadSums.apply(flat_hidden, student_head.weight, student_head.bias, comparison)
-    else:
-        loss, *sums = _any_head_sums(flat_hidden, student_head, comparison)
+    loss, *sums = head_sums(flat_hidden, student_head, comparison)
     items = max(len(flat_labels), 1) if num_items is None else num_items
     entropy, distance, gap = (x.detach() / items for x in sums)
     return CrossTerms(loss / items, entropy, distance, gap, len(flat_labels))
@@ -227,6 +222,13 @@ class _Comparison:
         distance, gap = self._distance(log_q, rows)
         return self.weights[0] * ce + self.weights[1] * distance + self.weights[2] * gap, ce, distance, gap
 
+    def sums_and_gradient(self, logits: Tensor, rows: slice) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The same, and the weighted sum's gradient in the logits."""
+        with torch.enable_grad():
+            sums = self.sums(logits.requires_grad_(), rows)
+            (gradient,) = torch.autograd.grad(sums[0], logits)
+        return sums, gradient
+
     def _distance(self, log_q: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Divergence and L1 over the groups of some rows, from their log-probabilities (n, V)."""
         zero = log_q.new_zeros(())
@@ -248,63 +250,6 @@ class _Comparison:
         distance = self.measure.value(p, q) + self.measure.value(p_extra, q_extra)
         gap = _sorted_gap(teacher.alone(), student.alone()) if self.weights[2] and has_rest else zero
         return self.temperature**2 * distance, gap
-
-
-def _any_head_sums(hidden: Tensor, head: Head, comparison: _Comparison) -> tuple[Tensor, ...]:
-    """Weighted sum, CE, divergence and L1 over all tokens; the backward pass computes each chunk again."""
-
-    def sums(rows: slice) -> tuple[Tensor, ...]:
-        return comparison.sums(head(hidden[rows]), rows)
-
-    parts = [checkpoint(sums, rows, use_reentrant=False) for rows in comparison.chunks()]
-    return tuple(torch.stack(terms).sum() for terms in zip(*parts, strict=True))
-
-
-class _LinearHeadSums(torch.autograd.Function):
-    """The same for a linear head; gradients are taken chunk by chunk in the forward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, comparison: _Comparison
-    ) -> tuple[Tensor, ...]:
-        """Args: hidden (N, H), weight (V, H), bias (V,). Returns the weighted sum, CE, divergence and L1."""
-        inputs = (hidden, weight, bias)
-        gradients = [
-            torch.zeros_like(x, dtype=_wide(x.dtype)) if x is not None and needed else None
-            for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
-        ]
-        in_hidden, in_weight, in_bias = gradients
-        totals = hidden.new_zeros(4, dtype=_wide(hidden.dtype))
-        for rows in comparison.chunks():
-            logits = F.linear(hidden[rows], weight, bias)
-            with torch.enable_grad():
-                sums = comparison.sums(logits.requires_grad_(), rows)
-                (gradient,) = torch.autograd.grad(sums[0], logits)
-            totals += torch.stack([x.detach() for x in sums])
-            if in_bias is not None:
-                in_bias += gradient.sum(0, dtype=in_bias.dtype)
-            if in_hidden is not None:
-                in_hidden[rows] = (gradient @ weight).to(in_hidden.dtype)
-            if in_weight is not None:
-                if in_weight.dtype == gradient.dtype == hidden.dtype:
-                    in_weight.addmm_(gradient.T, hidden[rows])  # without a second (V, H)
-                else:
-                    in_weight += gradient.T @ hidden[rows]
-            del logits, sums, gradient  # or they would live beside the next chunk's
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        ctx.save_for_backward(*gradients)
-        total, *terms = totals.unbind()
-        ctx.mark_non_differentiable(*terms)
-        return total, *terms
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Scales the gradients that the forward pass left."""
-        return *(
-            None if gradient is None else (gradient * grad_total).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ), None
 
 
 class _Side:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.evaluation import _COLOURS, _MARKERS, _human
+from cbd_hub.evaluation import COLOURS, MARKERS, human_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,7 +128,7 @@ def _draw(axes: "Axes", rows: Sequence[Row], arguments: Mapping[str, str], metri
     few = max(map(_size, rows)) < 4 * min(map(_size, rows))  # then decades alone would leave the axis bare
     axes.xaxis.set_major_locator(MaxNLocator(4) if few else LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _human(size)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_count(size)))
     axes.margins(x=0.15, y=0.15)
     axes.set_xlabel("parameters")
     axes.grid(color="#dddddd", linewidth=0.8)
@@ -139,8 +139,8 @@ def _draw(axes: "Axes", rows: Sequence[Row], arguments: Mapping[str, str], metri
 def _look(index: int, style: int, line: bool) -> dict[str, Any]:
     """Colour and marker of an argument, line style and filling of a metric."""
     return {
-        "color": _COLOURS[index % len(_COLOURS)],
-        "marker": _MARKERS[index % len(_MARKERS)],
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
         "markerfacecolor": "white" if style else None,
         "linestyle": _STYLES[style % len(_STYLES)] if line else "none",
         "linewidth": 2,

@@ -23,13 +23,24 @@ from cbd_hub.documents import Documents
 from cbd_hub.errors import RecipeError
 from cbd_hub.losses import distillation_loss, hidden_and_head
 
-__all__ = ["Evaluation", "bits_per_byte", "evaluate_loss", "plot_size_loss", "render_progress"]
+__all__ = [
+    "COLOURS",
+    "MARKERS",
+    "Evaluation",
+    "bits_per_byte",
+    "evaluate_loss",
+    "human_count",
+    "plot_size_loss",
+    "render_progress",
+]
 
 Item = TypeVar("Item")
 
-# Okabe and Ito's palette, told apart with every kind of colour blindness; black is kept for the anchors.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = "osv^Px"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's palette, told apart with every kind of colour blindness; black is kept for the anchors."""
+
+MARKERS = "osv^Px"
+"""Matplotlib's markers, one a colour."""
 
 
 @dataclass(frozen=True)
@@ -199,9 +210,9 @@ def plot_size_loss(
         axes.plot(
             *zip(*sorted(line), strict=True),
             label=method,
-            color=_COLOURS[index % len(_COLOURS)],
-            marker=_MARKERS[index % len(_MARKERS)],
-            linestyle=("-", "--", ":")[index // len(_COLOURS) % 3],
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            linestyle=("-", "--", ":")[index // len(COLOURS) % 3],
             linewidth=2,
             markersize=6,
         )
@@ -212,7 +223,7 @@ def plot_size_loss(
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _human(size)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_count(size)))
     axes.margins(x=0.12, y=0.12)
     axes.set_xlabel("parameters")
     axes.set_ylabel("held-out loss (nats per token)")
@@ -224,7 +235,7 @@ def plot_size_loss(
     figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
 
 
-def _human(size: float) -> str:
+def human_count(size: float) -> str:
     """A parameter count as people write it: 763k, 138M, 1.2B."""
     for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if size >= scale:

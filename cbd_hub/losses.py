@@ -13,7 +13,7 @@ checkpointing, which costs a second forward pass of the head.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from cbd_hub.divergences import Divergence, DivergenceName
 from cbd_hub.errors import RecipeError
 
-__all__ = ["Head", "LossTerms", "distillation_loss", "hidden_and_head", "hidden_state_loss", "is_plain_linear"]
+__all__ = ["Head", "LossTerms", "Objective", "distillation_loss", "head_sums", "hidden_and_head", "hidden_state_loss"]
 
 Head = Callable[[Tensor], Tensor]
 """A language-model head: maps hidden states (..., H) to logits (..., V)."""
@@ -162,10 +162,7 @@ def distillation_loss(
         temperature=temperature,
         chunk_tokens=chunk_tokens,
     )
-    if torch.is_grad_enabled() and is_plain_linear(student_head):
-        sums = _LinearHeadSums.apply(hidden, student_head.weight, student_head.bias, objective)
-    else:
-        sums = _any_head_sums(hidden, student_head, objective)
+    sums = head_sums(hidden, student_head, objective)
     total, ce_sum, kl_sum = sums
     items = max(len(hidden), 1) if num_items is None else num_items
     return LossTerms(total / items, ce_sum.detach() / items, kl_sum.detach() / items, len(hidden))
@@ -234,7 +231,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def is_plain_linear(head: Head) -> TypeGuard[nn.Linear]:
+def _is_plain_linear(head: Head) -> TypeGuard[nn.Linear]:
     """Whether calling `head` does nothing but ``F.linear`` (no hook, no offloading wrapper, no adapter)."""
     return (
         type(head) is nn.Linear
@@ -289,8 +286,8 @@ class _Objective:
             kl = self.temperature**2 * self.divergence.value(target, self.log_probabilities(logits))
         return self.ce * ce + self.kl * kl, ce, kl
 
-    def sums_and_gradient(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """CE and divergence over some rows, and the weighted sum's gradient (n, V) in the logits, in closed form."""
+    def sums_and_gradient(self, logits: Tensor, rows: slice) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """The same as :meth:`sums`, and the weighted sum's gradient (n, V) in the logits, in closed form."""
         target = self.teacher_log_probabilities(rows, logits)
         logits = logits.to(_wide(logits.dtype))
         labels = self.labels[rows, None]
@@ -305,41 +302,60 @@ class _Objective:
             kl = self.temperature**2 * value
             gradient.mul_(self.kl * self.temperature).add_(log_p.exp(), alpha=self.ce)
         gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, -self.ce))
-        return ce, kl, gradient
+        return (self.ce * ce + self.kl * kl, ce, kl), gradient
 
 
-def _any_head_sums(hidden: Tensor, head: Head, objective: _Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum, CE and divergence over all tokens, for any head; the backward pass computes each chunk again."""
+class Objective(Protocol):
+    """What a student's logits are judged by, a chunk of tokens at a time."""
 
-    def sums(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def chunks(self) -> Iterator[slice]:
+        """Slices of the tokens; at least one, possibly empty."""
+
+    def sums(self, logits: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        """The loss over some rows, and its terms; the loss is differentiable in `logits` (n, V)."""
+
+    def sums_and_gradient(self, logits: Tensor, rows: slice) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The same, and the loss's gradient (n, V) in the logits."""
+
+
+def head_sums(hidden: Tensor, head: Head, objective: Objective) -> tuple[Tensor, ...]:
+    """Returns the loss of all tokens and its terms, none but the loss differentiable, from hidden states (N, H).
+
+    Cost: logits of a chunk at a time. A linear head runs once, as gradients are taken in the forward pass; any other
+        head runs again in the backward pass.
+    """
+    if torch.is_grad_enabled() and _is_plain_linear(head):
+        linear: tuple[Tensor, ...] = _LinearHeadSums.apply(hidden, head.weight, head.bias, objective)
+        return linear
+
+    def sums(rows: slice) -> tuple[Tensor, ...]:
         return objective.sums(head(hidden[rows]), rows)
 
     parts = [checkpoint(sums, rows, use_reentrant=False) for rows in objective.chunks()]
-    total, ce, kl = (torch.stack(terms).sum() for terms in zip(*parts, strict=True))
-    return total, ce, kl
+    return tuple(torch.stack(terms).sum() for terms in zip(*parts, strict=True))
 
 
 class _LinearHeadSums(torch.autograd.Function):
-    """The same for a linear head; gradients are taken chunk by chunk in the forward pass."""
+    """The sums for a linear head; gradients are taken chunk by chunk in the forward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, objective: _Objective
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Args: hidden (N, H), weight (V, H), bias (V,). Returns the weighted sum, CE and divergence."""
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, objective: Objective
+    ) -> tuple[Tensor, ...]:
+        """Args: hidden (N, H), weight (V, H), bias (V,). Returns the loss and its terms."""
         inputs = (hidden, weight, bias)
         gradients = [
             torch.zeros_like(x, dtype=_wide(x.dtype)) if x is not None and needed else None
             for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         in_hidden, in_weight, in_bias = gradients
-        ce = kl = hidden.new_zeros((), dtype=_wide(hidden.dtype))
+        parts = []
         for rows in objective.chunks():
             logits = F.linear(hidden[rows], weight, bias)
-            ce_part, kl_part, gradient = objective.sums_and_gradient(logits, rows)
-            ce, kl = ce + ce_part, kl + kl_part
+            sums, gradient = objective.sums_and_gradient(logits, rows)
+            parts.append([x.detach() for x in sums])
             if in_bias is not None:
-                in_bias += gradient.sum(0)
+                in_bias += gradient.sum(0, dtype=in_bias.dtype)
             gradient = gradient.to(logits.dtype)
             if in_hidden is not None:
                 in_hidden[rows] = (gradient @ weight).to(in_hidden.dtype)
@@ -348,11 +364,12 @@ class _LinearHeadSums(torch.autograd.Function):
                     in_weight.addmm_(gradient.T, hidden[rows])  # without a second (V, H)
                 else:
                     in_weight += gradient.T @ hidden[rows]
-            del logits, gradient  # or they would live beside the next chunk's
+            del logits, sums, gradient  # or they would live beside the next chunk's
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(ce, kl)
-        return objective.ce * ce + objective.kl * kl, ce, kl
+        loss, *terms = (torch.stack(values).sum() for values in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(*terms)
+        return loss, *terms
 
     @staticmethod
     @once_differentiable

@@ -62,13 +62,18 @@ def take(tensor: torch.Tensor, layout: Layout, sizes: Sizes, taken: Indices) -> 
     Returns:
         The subset, same dtype; a view where the rows are contiguous.
     """
-    return _select(tensor, [_as_index(layout.rows(dim, sizes, taken)) for dim in range(tensor.dim())])
+    return _select(tensor, _rows(layout, sizes, taken))
+
+
+def _rows(layout: Layout, sizes: Sizes, taken: Indices) -> list[Rows]:
+    """Which rows of each stored dimension belong to the units that are taken."""
+    return [_as_index(layout.rows(dim, sizes, taken)) for dim in range(len(layout.dims))]
 
 
 def _region(layout: Layout, small: Sizes, target: Sizes) -> list[Rows]:
     """Where, in a target tensor, the units that the small anchor has are stored: ascending rows of each dimension."""
     shared = {a: np.arange(small[a], dtype=np.int64) for a in layout.axes if small[a] != target[a]}
-    return [_as_index(layout.rows(dim, target, shared)) for dim in range(len(layout.dims))]
+    return _rows(layout, target, shared)
 
 
 def _grid(region: Sequence[Rows]) -> tuple[Rows, ...]:
@@ -143,7 +148,7 @@ def combine(
     Cost: memory is read once and written once: all is done in pieces that stay in the processor's cache. In float32
         (float64 where tensors are stored so), cast once; half precision that needs no factor is widened in registers.
     """
-    rows = [_as_index(layout.rows(dim, large_sizes, taken)) for dim in range(large.dim())]
+    rows = _rows(layout, large_sizes, taken)
     region = [] if small is None or small_sizes is None else _region(layout, small_sizes, target)
     wide = _wide(large[:0]).dtype
     weights = _weights(layout, region, target, own_weight, wide) if own_weight != 1.0 and len(region) == 2 else []
