@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from cbd_hub.architectures import AXIS_MAPS
-from cbd_hub.evaluation import _COLOURS as COLOURS
+from cbd_hub.evaluation import COLOURS
 from cbd_hub.sizing import format_count, parse_count
 
 DOCS = Path(__file__).resolve().parent
