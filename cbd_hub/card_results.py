@@ -2,8 +2,8 @@
 
 A result is known by its task, data set and metric; a newer one takes the place of the older, all others stay, and so
 do the text and the other metadata (all but comments in the metadata, which :class:`huggingface_hub.ModelCard` reads
-and writes). The file is replaced as a whole, so whoever is interrupted has the old card or the new one. A generated
-card counts as edited from then on: publishing the folder sends it as it is.
+and writes). The file is replaced as a whole, so whoever is interrupted has the old card or the new one. Where a
+generated card is written again, :func:`add_results` takes them over.
 """
 
 import math
@@ -16,10 +16,11 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from cbd_hub.cards import OWN_TEXT
 from cbd_hub.chain import MANIFEST_NAME
 from cbd_hub.errors import RecipeError
 
-__all__ = ["open_card", "update_card"]
+__all__ = ["add_results", "open_card", "update_card"]
 
 _LOSSES = ("loss", "perplexity", "bits_per_byte")
 
@@ -69,10 +70,8 @@ def update_card(place: str | Path, rows: Sequence[Mapping[str, Any]], dataset: s
     card = open_card(place)
     data: Any = card.data
     new = [result for row in rows for result in _results(row, str(place), dataset or "text")]
-    replaced = {_key(result) for result in new}
-    kept = [result for result in data.eval_results or [] if _key(result) not in replaced]
     data.model_name = data.model_name or _name(Path(place))
-    data.eval_results = kept + new
+    data.eval_results = _merged(data.eval_results, new)
     path = Path(place) / "README.md"
     partial = path.with_name("README.md.partial")
     try:
@@ -86,6 +85,34 @@ def update_card(place: str | Path, rows: Sequence[Mapping[str, Any]], dataset: s
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def add_results(card: ModelCard, held: str) -> ModelCard:
+    """Adds the results of an earlier card to one that is to take its place, and returns the latter.
+
+    Args:
+        card: The new card; its own results take the place of those that they measure again.
+        held: Text of the earlier card. Of what the chain's build measured nothing is taken: the manifest knows it.
+            Results that :class:`huggingface_hub.ModelCard` cannot read are left behind.
+    """
+    if "\nmodel-index:" not in held:
+        return card
+    try:
+        known: Any = ModelCard(held).data
+    except (ValueError, yaml.YAMLError):
+        return card
+    kept = [result for result in known.eval_results or [] if result.dataset_name != OWN_TEXT]
+    if kept:
+        data: Any = card.data
+        data.model_name = data.model_name or known.model_name
+        data.eval_results = _merged(kept, data.eval_results or [])
+    return card
+
+
+def _merged(old: Sequence[EvalResult] | None, new: Sequence[EvalResult]) -> list[EvalResult]:
+    """The new ones behind those of the old that they do not replace."""
+    replaced = {_key(result) for result in new}
+    return [result for result in old or [] if _key(result) not in replaced] + list(new)
 
 
 def _results(row: Mapping[str, Any], place: str, dataset: str) -> Iterator[EvalResult]:

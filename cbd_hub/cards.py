@@ -26,10 +26,13 @@ from cbd_hub.errors import SizeError
 from cbd_hub.plan import Plan
 from cbd_hub.sizing import format_count, parse_count, solve
 
-__all__ = ["CURVE_PICTURE", "anchor_card", "chain_card", "is_generated", "model_card", "recovered_card"]
+__all__ = ["CURVE_PICTURE", "OWN_TEXT", "anchor_card", "chain_card", "is_generated", "model_card", "recovered_card"]
 
 CURVE_PICTURE = "size_loss.png"
 """Picture of the size-loss curve that a chain's card shows if it lies in the chain's folder."""
+
+OWN_TEXT = "held-out split of the chain's own text"
+"""The data set's name in the results that a manifest knows."""
 
 _TEMPLATES = (Path(__file__).with_name("cards"), Path(__file__).parents[1] / "cards")  # in a wheel; in a checkout
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -227,7 +230,7 @@ def _results(manifest: Manifest, evaluation: Evaluation | None, label: str = "")
         EvalResult(
             task_type="text-generation",
             dataset_type=_dataset(manifest) or "text",
-            dataset_name="held-out split of the chain's own text",
+            dataset_name=OWN_TEXT,
             dataset_split="test",
             metric_type=kind,
             metric_name=f"held-out {kind}{label}",
@@ -347,13 +350,17 @@ def _render(template: str, metadata: ModelCardData, **values: Any) -> ModelCard:
 
 
 _MARK = "cbd_hub wrote this card and may write it again for as long as nobody edits it:"
+_RESULTS = re.compile(r"^model-index:.*\n(?:[ -].*\n)*", re.MULTILINE)
 
 
 def _digest(content: str) -> str:
-    return hashlib.sha256(" ".join(content.split()).encode()).hexdigest()[:16]
+    """Of a card's words and metadata; of its results nothing, for measuring is not editing."""
+    head, rule, text = content.replace("\r\n", "\n").lstrip().partition("\n---\n")
+    metadata = sorted(_RESULTS.sub("", head + "\n").split("\n"))  # huggingface_hub may write them in another order
+    return hashlib.sha256(" ".join([*metadata, rule, *text.split()]).encode()).hexdigest()[:16]
 
 
 def is_generated(content: str) -> bool:
-    """Returns whether a card is as this module wrote it: then nobody's work is lost by writing it again."""
+    """Returns whether a card is as this module wrote it, but for results: nobody loses words if it is rewritten."""
     body, _, mark = content.rpartition("<!--")
     return mark.strip() == f"{_MARK} {_digest(body)} -->"

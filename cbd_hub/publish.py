@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from huggingface_hub.utils.tqdm import tqdm
 
 from cbd_hub import cards
 from cbd_hub import chain as manifests
+from cbd_hub.card_results import add_results
 from cbd_hub.chain import FileEntry, Manifest
 from cbd_hub.errors import ChainNotFoundError, PublishError
 from cbd_hub.hub import Location
@@ -28,6 +30,7 @@ __all__ = ["Published", "publish", "publish_folder"]
 
 CARD = "README.md"
 _WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
+_TAG = "cbd-"
 _NOTHING = frozenset({".gitattributes", CARD, "LICENSE"})
 
 
@@ -77,7 +80,8 @@ def publish(
     """Publishes a chain.
 
     Anchors that lie in repositories already, pinned by the manifest, stay where they are. A card that somebody edited,
-    here or on the Hub, is not replaced by a generated one.
+    here or on the Hub, is not replaced by a generated one. A card that is written again keeps the results that were
+    measured of the folder, and those on the Hub for as long as nothing but cards changes there.
 
     Args:
         manifest: The chain's manifest.
@@ -125,27 +129,24 @@ def publish(
             anchors.append(anchor)
             continue
         repository = repositories[anchor.name]
-        edited = _edited_card(anchor_place(location, anchor))
-        content: dict[str, Content] = {
-            **{name: top[name] for name in manifest.tokenizer},
-            **files[anchor.name],
-            CARD: edited or _text(cards.anchor_card(planned, shown, repository.repo_id, chain=repo_id)),
-        }
+        fresh = cards.anchor_card(planned, shown, repository.repo_id, chain=repo_id)
+        card = _card(anchor_place(location, anchor), fresh)
+        content: dict[str, Content] = {**{name: top[name] for name in manifest.tokenizer}, **files[anchor.name]}
         title = f"Anchor {anchor.name} of the chain {repo_id}"
-        commit = send(repository, content, states[anchor.name], title, generated=edited is None)
+        commit = send(repository, content, states[anchor.name], title, card=card)
         commits.append(commit)
         update = {"repo_id": repository.repo_id, "revision": commit.sha or "0" * 40, "subfolder": None}
         anchors.append(anchor.model_copy(update=update))
     pinned = manifest.model_copy(update={"anchors": anchors})
     picture = _optional(location, cards.CURVE_PICTURE)
-    edited = _edited_card(location)
+    fresh = cards.chain_card(pinned, repo_id, folder=picture.parent if picture else None)
     content = {
         **top,
         **({cards.CURVE_PICTURE: Content(picture)} if picture else {}),
-        CARD: edited or _text(cards.chain_card(pinned, repo_id, folder=picture.parent if picture else None)),
         manifests.MANIFEST_NAME: Content(manifests.manifest_text(pinned).encode()),
     }
-    commit = send(target, content, state, f"Chain {manifest.name}: {len(anchors)} anchors", generated=edited is None)
+    title = f"Chain {manifest.name}: {len(anchors)} anchors"
+    commit = send(target, content, state, title, card=_card(location, fresh))
     url = None
     if collection and not dry_run:
         members = [repo_id, *(c.repo_id for c in commits)]
@@ -203,7 +204,8 @@ def _usable(repository: Repository, private: bool | None) -> State | None:
     state = whole.state()
     if state is None:
         return None
-    if "cbd-hub" not in state.tags and (others := sorted(set(state.files) - _NOTHING)):
+    others = sorted(set(state.files) - _NOTHING)
+    if others and "cbd-hub" not in state.tags and not whole.has_tag(_TAG):  # somebody's own card may not say it
         raise PublishError(
             f"{repository.repo_id} exists and holds something else ({', '.join(others[:3])}); name another repository "
             "or delete it first (nothing was uploaded)"
@@ -222,12 +224,14 @@ def _upload(
     state: State | None,
     message: str,
     *,
-    generated: bool = False,
+    card: Content | ModelCard | None = None,
     private: bool | None = None,
     create_pr: bool = False,
     dry_run: bool = False,
 ) -> Commit:
-    """One commit with what differs, and its tag."""
+    """One commit with what differs, and its tag; a generated card gives way to what the Hub's has of its own."""
+    if card is not None:
+        files = {**files, CARD: card if isinstance(card, Content) else _text(card)}
     if dry_run:
         changed = repository.differing(files, state)
         size = sum(files[name].size for name in changed)
@@ -237,14 +241,18 @@ def _upload(
         state = repository.state()
         if state is None:
             raise PublishError(f"{repository.repo_id} was made and cannot be read; does the token allow it?")
-    if generated and CARD in repository.differing({CARD: files[CARD]}, state) and CARD in state.files:
-        held = Location(repository.repo_id, state.commit, token=repository.token).file(CARD)
-        if not cards.is_generated(held.read_text(encoding="utf-8")):
+    if isinstance(card, ModelCard) and CARD in state.files and CARD in (changed := repository.differing(files, state)):
+        held = (
+            Location(repository.repo_id, state.commit, token=repository.token).file(CARD).read_text(encoding="utf-8")
+        )
+        if not cards.is_generated(held):
             files = {name: content for name, content in files.items() if name != CARD}
+        elif set(changed) <= {CARD, manifests.MANIFEST_NAME}:  # the weights are those that were measured
+            files = {**files, CARD: _text(add_results(card, held))}
     stale = [name for name in state.files if _WEIGHTS.fullmatch(name) and name not in files]
     commit = repository.commit(files, message, state=state, delete=stale, create_pr=create_pr)
     if commit.pull_request is None:
-        repository.tag(f"cbd-{_fingerprint(files)}", commit.sha)
+        repository.tag(f"{_TAG}{_fingerprint(files)}", commit.sha)
     return commit
 
 
@@ -253,7 +261,7 @@ def _fingerprint(files: Mapping[str, Content]) -> str:
     return hashlib.sha256(named.encode()).hexdigest()[:12]
 
 
-def _text(card: Any) -> Content:
+def _text(card: ModelCard) -> Content:
     return Content(str(card).encode())
 
 
@@ -265,9 +273,11 @@ def _optional(location: Location, name: str) -> Path | None:
         return None
 
 
-def _edited_card(place: Location) -> Content | None:
-    """The card that lies beside the files, if a person wrote or changed it."""
+def _card(place: Location, fresh: ModelCard) -> Content | ModelCard:
+    """The card that lies beside the files, if a person wrote or changed it; else a fresh one with its results."""
     path = _optional(place, CARD) if place.is_local else None
     data = path.read_bytes() if path else b""
-    edited = data.strip() and not cards.is_generated(data.decode("utf-8", "replace"))
-    return Content(data) if edited else None
+    held = data.decode("utf-8", "replace")
+    if held.strip() and not cards.is_generated(held):
+        return Content(data)
+    return add_results(fresh, held)

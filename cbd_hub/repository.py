@@ -179,6 +179,15 @@ class Repository:
         with clear_errors(self.repo_id, f"tagging {name!r}", commit, writing=True):
             self.api.create_tag(self.repo_id, tag=name, revision=commit, exist_ok=True)
 
+    def has_tag(self, prefix: str) -> bool:
+        """Returns whether a tag begins so.
+
+        Raises:
+            PublishError: The Hub cannot be asked.
+        """
+        with clear_errors(self.repo_id, "reading the tags", writing=True):
+            return any(tag.name.startswith(prefix) for tag in self.api.list_repo_refs(self.repo_id).tags)
+
     @cached_property
     def owner(self) -> str:
         """The user or organisation before the slash.

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from tiny_recipe import built_chain
 
-from cbd_hub.card_results import open_card, update_card
+from cbd_hub.card_results import add_results, open_card, update_card
+from cbd_hub.cards import OWN_TEXT
 from cbd_hub.chain import MANIFEST_NAME
 from cbd_hub.errors import RecipeError
 
@@ -221,3 +222,32 @@ def test_a_write_that_breaks_off_leaves_the_old_card(tmp_path: Path) -> None:
     assert done.returncode == 1 and "OSError" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == CARD
+
+
+def result(dataset: str, value: float) -> EvalResult:
+    return EvalResult("text-generation", "text", dataset, "loss", value, dataset_config=dataset, metric_name="loss")
+
+
+def card_with(*found: EvalResult) -> ModelCard:
+    data = ModelCardData(tags=["x"], model_name="m" if found else None, eval_results=list(found) or None)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\nWords\n")
+
+
+def test_results_of_an_earlier_card_are_taken_over() -> None:
+    held = str(card_with(result("wiki", 3.0), result("news", 2.0), result(OWN_TEXT, 1.0)))
+    card: Any = add_results(card_with(result("news", 2.5), result(OWN_TEXT, 1.5)), held)
+    found = {r.dataset_name: r.metric_value for r in ModelCard(str(card)).data.eval_results}  # type: ignore[attr-defined]
+    assert found == {"wiki": 3.0, "news": 2.5, OWN_TEXT: 1.5}
+    bare: Any = add_results(card_with(), held)
+    assert [r.metric_value for r in bare.data.eval_results] == [3.0, 2.0]
+    assert bare.data.model_name == "m" and ModelCard(str(bare)).text == "\nWords\n"
+
+
+@pytest.mark.parametrize(
+    "held",
+    ["", "Words", str(card_with()), str(card_with(result(OWN_TEXT, 1.0)))]
+    + [f"---\ntags: [x]\nmodel-index:{index}\n---\nWords\n" for index in (" 3", " [", "\n- name: m\n  results: [3]")],
+)
+def test_without_results_that_can_be_read_the_new_card_stays_as_it_is(held: str) -> None:
+    assert str(add_results(card_with(result("news", 2.5)), held)) == str(card_with(result("news", 2.5)))
+    assert str(add_results(card_with(), held)) == str(card_with())

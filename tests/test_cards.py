@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from tiny_models import tiny_config, tiny_model
 
 from cbd_hub.architectures import axis_map_for
-from cbd_hub.cards import CURVE_PICTURE, anchor_card, chain_card, is_generated, model_card
+from cbd_hub.card_results import update_card
+from cbd_hub.cards import CURVE_PICTURE, anchor_card, chain_card, is_generated, model_card, recovered_card
 from cbd_hub.chain import (
     INDEX_MAPS_NAME,
     Anchor,
@@ -381,6 +382,22 @@ def test_a_card_knows_whether_somebody_edited_it(tmp_path: Path) -> None:
     assert not is_generated("Only my words\n")
     assert not is_generated("")
     assert is_generated(str(anchor_card(make_manifest(), make_manifest().anchors[1], "org/a", chain="org/x")))
+
+
+def test_results_are_no_edit_and_other_metadata_is(tmp_path: Path) -> None:
+    recovered_card("m", 9, "llama", tokens=1, losses=(2.0, 1.0), test_tokens=1).save(tmp_path / "README.md")
+    row = {"name": "m", "task": "piqa", "metric": "acc", "value": 0.5, "stderr": 0.1, "items": 9}
+    text = update_card(tmp_path, [row]).read_text(encoding="utf-8")
+    assert "model-index:" in text and is_generated(text) and is_generated(text.replace("\n", "\r\n"))
+    assert is_generated(text.replace("value: 0.5", "value: 0.6"))
+    for edited in (
+        text.replace("tags:\n", "tags:\n- mine\n"),
+        text.replace("tags:\n", "# a note\ntags:\n"),
+        text.replace("library_name: transformers", "library_name: other"),
+        text.replace("model-index:", "license: mit\nmodel-index:"),
+        text.replace("\n---\n", "\nlicense: mit\n---\n"),
+    ):
+        assert edited != text and not is_generated(edited)
 
 
 # -- quick starts -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from make_chain import add_calibration, add_tokenizer, make_chain, refresh, vari
 from safetensors.torch import load_file, save_file
 
 from cbd_hub.assemble import Chain, from_chain
+from cbd_hub.card_results import update_card
 from cbd_hub.cards import CURVE_PICTURE, chain_card, is_generated
 from cbd_hub.chain import MANIFEST_NAME
 
@@ -213,6 +214,47 @@ upload_file(path_or_fileobj=b"---\\ntags: [cbd-hub]\\n---\\nMy words", path_in_r
     chain_card(Chain.from_pretrained(folder).manifest, folder=folder).save(folder / "README.md")
     push(client, folder)
     assert hub.files("org/demo")["README.md"].decode().endswith("Other words")
+
+
+def test_cards_that_do_not_name_the_library_are_no_reason_to_refuse(
+    hub: HubServer, client: Client, folder: Path
+) -> None:
+    for place in (folder, folder / "anchors" / "a0"):
+        (place / "README.md").write_text("My words")
+    assert push(client, folder).status == 0
+    change_anchor(folder)
+    assert push(client, folder).status == 0
+    assert hub.files("org/demo")["README.md"] == hub.files(REPOSITORIES[1])["README.md"] == b"My words"
+
+
+def test_results_stay_in_a_card_that_is_written_again(hub: HubServer, client: Client, folder: Path) -> None:
+    row = {"name": "m", "task": "piqa", "metric": "acc", "value": 0.515, "stderr": 0.1, "items": 9}
+    chain_card(Chain.from_pretrained(folder).manifest, folder=folder).save(folder / "README.md")
+    update_card(folder, [row])
+    push(client, folder)
+    card = hub.files("org/demo")["README.md"].decode()
+    assert "value: 0.515" in card and 'from_chain("org/demo"' in card and is_generated(card)
+    add = """
+from huggingface_hub import metadata_eval_result, metadata_update
+more = metadata_eval_result(
+    model_pretty_name="m", task_pretty_name="Text", task_id="text-generation", metrics_pretty_name="acc",
+    metrics_id="acc", metrics_value=0.625, dataset_pretty_name="boolq", dataset_id="boolq",
+)
+metadata_update(repo, more)
+"""
+    assert client.run(add, repo="org/demo").status == 0
+    update_card(folder, [{**row, "value": 0.717}])
+    push(client, folder)
+    card = hub.files("org/demo")["README.md"].decode()
+    assert "value: 0.717" in card and "value: 0.625" in card and "value: 0.515" not in card
+    hub.clear()
+    push(client, folder)
+    assert not hub.uploads  # the same again, results of the Hub's own and all
+    change_anchor(folder)
+    push(client, folder)
+    card = hub.files("org/demo")["README.md"].decode()
+    assert "value: 0.625" not in card  # of other weights
+    assert "value: 0.717" in card  # of this folder, as far as can be known
 
 
 def test_what_lies_elsewhere_already_is_not_sent_again(
