@@ -88,7 +88,7 @@ HEAVY = {"torch", "transformers"}
 NETWORK = {"requests", "httpx", "httpx2", "urllib3", "aiohttp", "socket", "urllib.request", "http.client"}
 HUB_MODULES = ("hub", "repository")  # reading and writing
 # What of huggingface_hub other modules may use, none of which talks to the Hub: the progress bar, which
-# obeys HF_HUB_DISABLE_PROGRESS_BARS, anywhere, and in cards.py and card_results.py the data classes of model cards.
+# obeys HF_HUB_DISABLE_PROGRESS_BARS, anywhere, and the data classes of model cards where cards are made and sent.
 HUB_NAMES_ANYWHERE = {"tqdm", "StrictDataclassError"}
 _CARD_NAMES = {"EvalResult", "ModelCard", "ModelCardData"}
 HUB_NAMES = {"cards": _CARD_NAMES, "card_results": _CARD_NAMES, "publish": _CARD_NAMES}
