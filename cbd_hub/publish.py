@@ -30,7 +30,8 @@ __all__ = ["Published", "publish", "publish_folder"]
 
 CARD = "README.md"
 _WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
-_TAG = "cbd-"
+_TAG = "cbd-{}"
+"""Of a commit; the place is for the fingerprint of its files."""
 _NOTHING = frozenset({".gitattributes", CARD, "LICENSE"})
 
 
@@ -204,8 +205,8 @@ def _usable(repository: Repository, private: bool | None) -> State | None:
     state = whole.state()
     if state is None:
         return None
-    others = sorted(set(state.files) - _NOTHING)
-    if others and "cbd-hub" not in state.tags and not whole.has_tag(_TAG):  # somebody's own card may not say it
+    others, tagged = sorted(set(state.files) - _NOTHING), _TAG.format("[0-9a-f]{12}")
+    if others and "cbd-hub" not in state.tags and not whole.has_tag(tagged):  # a person's card may not say it
         raise PublishError(
             f"{repository.repo_id} exists and holds something else ({', '.join(others[:3])}); name another repository "
             "or delete it first (nothing was uploaded)"
@@ -241,19 +242,24 @@ def _upload(
         state = repository.state()
         if state is None:
             raise PublishError(f"{repository.repo_id} was made and cannot be read; does the token allow it?")
-    if isinstance(card, ModelCard) and CARD in state.files and CARD in (changed := repository.differing(files, state)):
-        held = (
-            Location(repository.repo_id, state.commit, token=repository.token).file(CARD).read_text(encoding="utf-8")
-        )
+    if isinstance(card, ModelCard) and CARD in state.files and repository.differing({CARD: files[CARD]}, state):
+        path = Location(repository.repo_id, state.commit, token=repository.token).file(CARD)
+        held = path.read_text(encoding="utf-8")
         if not cards.is_generated(held):
             files = {name: content for name, content in files.items() if name != CARD}
-        elif set(changed) <= {CARD, manifests.MANIFEST_NAME}:  # the weights are those that were measured
+        elif _same_weights(repository.differing(files, state), files):
             files = {**files, CARD: _text(add_results(card, held))}
     stale = [name for name in state.files if _WEIGHTS.fullmatch(name) and name not in files]
     commit = repository.commit(files, message, state=state, delete=stale, create_pr=create_pr)
     if commit.pull_request is None:
-        repository.tag(f"{_TAG}{_fingerprint(files)}", commit.sha)
+        repository.tag(_TAG.format(_fingerprint(files)), commit.sha)
     return commit
+
+
+def _same_weights(changed: list[str], files: Mapping[str, Content]) -> bool:
+    """Whether what was measured still holds; a chain's manifest changes with every card of an anchor, too."""
+    pins = {manifests.MANIFEST_NAME} if manifests.CHECKSUMS_NAME in files else set()  # else it alone tells of weights
+    return set(changed) <= {CARD} | pins
 
 
 def _fingerprint(files: Mapping[str, Content]) -> str:

@@ -5,6 +5,7 @@ files whose content differs from what is there.
 """
 
 import hashlib
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -179,14 +180,14 @@ class Repository:
         with clear_errors(self.repo_id, f"tagging {name!r}", commit, writing=True):
             self.api.create_tag(self.repo_id, tag=name, revision=commit, exist_ok=True)
 
-    def has_tag(self, prefix: str) -> bool:
-        """Returns whether a tag begins so.
+    def has_tag(self, pattern: str) -> bool:
+        """Returns whether the whole name of a tag is as a regular expression says.
 
         Raises:
             PublishError: The Hub cannot be asked.
         """
         with clear_errors(self.repo_id, "reading the tags", writing=True):
-            return any(tag.name.startswith(prefix) for tag in self.api.list_repo_refs(self.repo_id).tags)
+            return any(re.fullmatch(pattern, tag.name) for tag in self.api.list_repo_refs(self.repo_id).tags)
 
     @cached_property
     def owner(self) -> str:

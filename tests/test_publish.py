@@ -257,6 +257,23 @@ metadata_update(repo, more)
     assert "value: 0.717" in card  # of this folder, as far as can be known
 
 
+def test_results_are_dropped_where_the_manifest_alone_tells_of_weights(
+    hub: HubServer, client: Client, folder: Path
+) -> None:
+    data = json.loads((folder / MANIFEST_NAME).read_text())
+    chain_card(Chain.from_pretrained(folder).manifest, folder=folder).save(folder / "README.md")
+    (folder / MANIFEST_NAME).write_text(json.dumps({**data, "checksums": None}))
+    (folder / "checksums.json").unlink()
+    update_card(folder, [{"name": "m", "task": "piqa", "metric": "acc", "value": 0.515, "items": 9}])
+    assert push(client, folder).status == 0
+    assert "checksums.json" not in hub.files("org/demo") and b"value: 0.515" in hub.files("org/demo")["README.md"]
+    chain_card(Chain.from_pretrained(folder).manifest, folder=folder).save(folder / "README.md")
+    change_anchor(folder)
+    assert push(client, folder).status == 0
+    assert "checksums.json" not in hub.files("org/demo")
+    assert b"value: 0.515" not in hub.files("org/demo")["README.md"]
+
+
 def test_what_lies_elsewhere_already_is_not_sent_again(
     hub: HubServer, client: Client, folder: Path, tmp_path: Path
 ) -> None:
@@ -358,9 +375,10 @@ def test_bad_names(hub: HubServer, client: Client, folder: Path) -> None:
 
 def test_somebody_elses_repository(hub: HubServer, client: Client, folder: Path) -> None:
     make = """
-from huggingface_hub import create_repo, upload_file
+from huggingface_hub import create_repo, create_tag, upload_file
 create_repo(repo)
 upload_file(path_or_fileobj=b"theirs", path_in_repo="model.bin", repo_id=repo)
+create_tag(repo, tag="cbd-mine")
 """
     assert client.run(make, repo=REPOSITORIES[2]).status == 0
     hub.clear()
