@@ -245,12 +245,13 @@ def write(path: Path) -> None:
         errors = [rows[c]["stderr"] or 0 for c in columns if c[1] == "acc"]
         return [*told, f"{figure['mean']:.3f} ±{np.linalg.norm(errors) / len(errors):.3f}"]
 
+    commits = ", ".join(dict.fromkeys(each["commit"] for each in found["runs"]))  # a run goes on where one was cut off
     versions = ", ".join(f"{name} {v}" for name, v in run["versions"].items())
     lines = [
         f"# Downstream: the chain {found['chain']}",
         "",
         f"Written by `python benchmarks/downstream.py CHAIN --limit {settings['limit']}`. {run['machine']}, "
-        f"{run['threads']} thread(s), commit {run['commit']}, {versions}. One seed, float32.",
+        f"{run['threads']} thread(s), commits {commits}, {versions}. One seed, float32.",
         "",
         "## Accuracy",
         "",

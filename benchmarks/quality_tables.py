@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from cbd_hub import evaluation
+
 __all__ = ["write"]
 
 OURS = "interpolate"
@@ -15,7 +17,7 @@ EXPANSIONS = ("expand, zero padding", "expand, duplication")
 NOT_RIVALS = ("alpha", "anchor", "independent anchor", "below", "control")
 QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of t, 97.5 %, 1 to 10 degrees
 NEAR = 0.01  # nats; what a flat optimum may cost
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888", "#7A4EAB")
+COLOURS = (*evaluation.COLOURS, "#888888", "#7A4EAB")
 PAPER_SPEED_UP = 80.26
 
 
