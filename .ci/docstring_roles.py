@@ -1,7 +1,7 @@
 """Lets mkdocstrings read this library's docstrings.
 
-A role such as ``:func:`cbd_hub.data.pack``` becomes a link where the reference has the name, a term above an indented
-text a list item, and a ``Cost:`` part a paragraph: griffe would take its first line for the title of a box.
+A role such as ``:func:`cbd_hub.text.packing.pack``` becomes a link where the reference has the name, a term above an
+indented text a list item, and a ``Cost:`` part a paragraph: griffe would take its first line for the title of a box.
 """
 
 import re

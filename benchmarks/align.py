@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from cbd_hub.align import align
-from cbd_hub.architectures import axis_map_for
-from cbd_hub.axis_map import AxisMap
-from cbd_hub.basis import rotate
-from cbd_hub.distill import DistillationConfig, distill
-from cbd_hub.evaluation import evaluate_loss
-from cbd_hub.importance import collect, rank
-from cbd_hub.index_maps import IndexMap
-from cbd_hub.ingredients import Ingredients, Text
-from cbd_hub.materialize import build_model, make_tensor, target_config
-from cbd_hub.operations import list_operations
-from cbd_hub.plan import plan_subset
-from cbd_hub.recipe import load_recipe
-from cbd_hub.sizing import Sizes
+from cbd_hub.alignment.align import align
+from cbd_hub.alignment.basis import rotate
+from cbd_hub.alignment.importance import collect, rank
+from cbd_hub.axes.architectures import axis_map_for
+from cbd_hub.axes.axis_map import AxisMap
+from cbd_hub.axes.sizing import Sizes
+from cbd_hub.build.ingredients import Ingredients, Text
+from cbd_hub.build.recipe import load_recipe
+from cbd_hub.evaluation.held_out import evaluate_loss
+from cbd_hub.interpolation.materialize import build_model, make_tensor, target_config
+from cbd_hub.interpolation.operations import list_operations
+from cbd_hub.interpolation.plan import plan_subset
+from cbd_hub.manifest.index_maps import IndexMap
+from cbd_hub.training.distill import DistillationConfig, distill
 
 ROOT = Path(__file__).parents[1]
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)

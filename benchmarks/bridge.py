@@ -34,11 +34,11 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cbd_hub import build_chain
-from cbd_hub.bridge import BridgeConfig, Founding, choose, found
-from cbd_hub.data import train_tokenizer
-from cbd_hub.evaluation import bits_per_byte, evaluate_loss
-from cbd_hub.ingredients import Ingredients
-from cbd_hub.recipe import load_recipe
+from cbd_hub.build.bridge import BridgeConfig, Founding, choose, found
+from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.recipe import load_recipe
+from cbd_hub.evaluation.held_out import bits_per_byte, evaluate_loss
+from cbd_hub.text.packing import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

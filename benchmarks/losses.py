@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cbd_hub.losses import distillation_loss
+from cbd_hub.losses.distillation import distillation_loss
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "losses.json"
 HIDDEN = 576

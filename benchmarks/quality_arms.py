@@ -17,16 +17,16 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from cbd_hub.architectures import axis_map_for
-from cbd_hub.axis_map import AxisMap
-from cbd_hub.distill import DistillationConfig, block_ends, distill
-from cbd_hub.importance import rank
-from cbd_hub.index_maps import IndexMap, kept_hidden
-from cbd_hub.materialize import build_model, cut, make_tensor, target_config
-from cbd_hub.operations import list_operations
-from cbd_hub.plan import Plan
-from cbd_hub.refit import refit
-from cbd_hub.sizing import Sizes, count_parameters, solve
+from cbd_hub.alignment.importance import rank
+from cbd_hub.axes.architectures import axis_map_for
+from cbd_hub.axes.axis_map import AxisMap
+from cbd_hub.axes.sizing import Sizes, count_parameters, solve
+from cbd_hub.initialization.refit import refit
+from cbd_hub.interpolation.materialize import build_model, cut, make_tensor, target_config
+from cbd_hub.interpolation.operations import list_operations
+from cbd_hub.interpolation.plan import Plan
+from cbd_hub.manifest.index_maps import IndexMap, kept_hidden
+from cbd_hub.training.distill import DistillationConfig, block_ends, distill
 
 __all__ = [
     "Pair",

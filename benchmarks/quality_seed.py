@@ -24,16 +24,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbd_hub import Chain, build_chain
-from cbd_hub.adopt import adopt
-from cbd_hub.architectures import axis_map_for
-from cbd_hub.data import pack
-from cbd_hub.evaluation import evaluate_loss
-from cbd_hub.importance import rank
-from cbd_hub.index_maps import IndexMap
-from cbd_hub.ingredients import Ingredients
-from cbd_hub.plan import Plan
-from cbd_hub.recipe import load_recipe
-from cbd_hub.sizing import Sizes, parse_count
+from cbd_hub.alignment.importance import rank
+from cbd_hub.alignment.ready_made import adopt
+from cbd_hub.axes.architectures import axis_map_for
+from cbd_hub.axes.sizing import Sizes, parse_count
+from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.recipe import load_recipe
+from cbd_hub.evaluation.held_out import evaluate_loss
+from cbd_hub.interpolation.plan import Plan
+from cbd_hub.manifest.index_maps import IndexMap
+from cbd_hub.text.packing import pack
 
 __all__ = ["OURS", "Bench", "Made", "Seed", "speed_of"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cbd_hub import evaluation
+from cbd_hub.evaluation import held_out as evaluation
 
 __all__ = ["write"]
 

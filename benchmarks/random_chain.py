@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from cbd_hub.architectures import axis_map_for
-from cbd_hub.chain import CHECKSUMS_NAME, INDEX_MAPS_NAME, Anchor, Manifest, file_entry, write_manifest
-from cbd_hub.checkpoints import checksum_file, find_files
-from cbd_hub.index_maps import IndexMap, save_index_maps
-from cbd_hub.materialize import build_model
-from cbd_hub.sizing import count_parameters, ladder
+from cbd_hub.axes.architectures import axis_map_for
+from cbd_hub.axes.sizing import count_parameters, ladder
+from cbd_hub.interpolation.checkpoints import checksum_file, find_files
+from cbd_hub.interpolation.materialize import build_model
+from cbd_hub.manifest.index_maps import IndexMap, save_index_maps
+from cbd_hub.manifest.manifest import CHECKSUMS_NAME, INDEX_MAPS_NAME, Anchor, Manifest, file_entry, write_manifest
 
 __all__ = [
     "SHAPES",

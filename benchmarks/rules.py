@@ -13,11 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from cbd_hub import Chain, Plan
+from cbd_hub.axes.sizing import count_parameters
+from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.recipe import load_recipe
 from cbd_hub.errors import SizeError
-from cbd_hub.evaluation import evaluate_loss
-from cbd_hub.ingredients import Ingredients
-from cbd_hub.recipe import load_recipe
-from cbd_hub.sizing import count_parameters
+from cbd_hub.evaluation.held_out import evaluate_loss
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

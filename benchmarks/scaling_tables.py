@@ -10,8 +10,8 @@ from typing import Any
 import growth
 from transformers import LlamaConfig
 
-from cbd_hub.architectures import axis_map_for
-from cbd_hub.sizing import count_parameters, ladder
+from cbd_hub.axes.architectures import axis_map_for
+from cbd_hub.axes.sizing import count_parameters, ladder
 
 __all__ = ["tables"]
 

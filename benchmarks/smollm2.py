@@ -24,18 +24,18 @@ import torch
 from transformers import PreTrainedModel
 
 from cbd_hub import Chain
-from cbd_hub.data import pack
-from cbd_hub.distill import distill
-from cbd_hub.documents import load_documents
-from cbd_hub.evaluation import evaluate_loss, plot_size_loss
-from cbd_hub.index_maps import IndexMap, kept_hidden
-from cbd_hub.ingredients import Ingredients
-from cbd_hub.materialize import build_model, cut, make_tensor, target_config
-from cbd_hub.operations import list_operations
-from cbd_hub.plan import Plan
-from cbd_hub.recipe import load_recipe
-from cbd_hub.refit import REFIT_TOKENS, refit
-from cbd_hub.sizing import solve
+from cbd_hub.axes.sizing import solve
+from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.recipe import load_recipe
+from cbd_hub.evaluation.held_out import evaluate_loss, plot_size_loss
+from cbd_hub.initialization.refit import REFIT_TOKENS, refit
+from cbd_hub.interpolation.materialize import build_model, cut, make_tensor, target_config
+from cbd_hub.interpolation.operations import list_operations
+from cbd_hub.interpolation.plan import Plan
+from cbd_hub.manifest.index_maps import IndexMap, kept_hidden
+from cbd_hub.text.documents import load_documents
+from cbd_hub.text.packing import pack
+from cbd_hub.training.distill import distill
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

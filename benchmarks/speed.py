@@ -48,8 +48,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from cbd_hub import Chain, from_chain
-from cbd_hub.chain import read_manifest
-from cbd_hub.checkpoints import find_files
+from cbd_hub.interpolation.checkpoints import find_files
+from cbd_hub.manifest.manifest import read_manifest
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 FEW = ("from_chain", "by hand", "copy")

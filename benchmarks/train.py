@@ -128,8 +128,8 @@ def anchor_trainer(options: argparse.Namespace, folder: str, clock: Clock, hidde
     """This package's trainer, which applies the heads to a few hundred tokens at a time."""
     import numpy as np
 
-    from cbd_hub.distill import AnchorTrainer, DistillationConfig, block_ends
-    from cbd_hub.index_maps import IndexMap
+    from cbd_hub.manifest.index_maps import IndexMap
+    from cbd_hub.training.distill import AnchorTrainer, DistillationConfig, block_ends
 
     student, teacher = make_models(options)
     options.held = held_bytes()

@@ -8,13 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cbd_hub.architectures import axis_map_for
-    from cbd_hub.assemble import Chain, from_chain
-    from cbd_hub.axis_map import AxisMap
-    from cbd_hub.build import build_chain
+    from cbd_hub.axes.architectures import axis_map_for
+    from cbd_hub.axes.axis_map import AxisMap
+    from cbd_hub.build.build import build_chain
+    from cbd_hub.build.recipe import Recipe
+    from cbd_hub.chain.chain import Chain, from_chain
     from cbd_hub.errors import CbdError
-    from cbd_hub.plan import Plan
-    from cbd_hub.recipe import Recipe
+    from cbd_hub.interpolation.plan import Plan
 
     __version__: str
 
@@ -31,14 +31,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "AxisMap": "axis_map",
+    "AxisMap": "axes.axis_map",
     "CbdError": "errors",
-    "Chain": "assemble",
-    "Plan": "plan",
-    "Recipe": "recipe",
-    "axis_map_for": "architectures",
-    "build_chain": "build",
-    "from_chain": "assemble",
+    "Chain": "chain.chain",
+    "Plan": "interpolation.plan",
+    "Recipe": "build.recipe",
+    "axis_map_for": "axes.architectures",
+    "build_chain": "build.build",
+    "from_chain": "chain.chain",
 }
 
 

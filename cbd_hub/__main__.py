@@ -1,6 +1,6 @@
 """``python -m cbd_hub``: the command line, for launchers that start a module (``accelerate launch -m cbd_hub``)."""
 
-from cbd_hub.cli import main
+from cbd_hub.cli.main import main
 
 __all__ = ["main"]
 

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from cbd_hub.architectures import AXIS_MAPS
-from cbd_hub.evaluation import COLOURS
-from cbd_hub.sizing import format_count, parse_count
+from cbd_hub.axes.architectures import AXIS_MAPS
+from cbd_hub.axes.sizing import format_count, parse_count
+from cbd_hub.evaluation.held_out import COLOURS
 
 DOCS = Path(__file__).resolve().parent
 BLUE, RED, GREEN, PINK, ORANGE, SKY = COLOURS

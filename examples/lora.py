@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 from cbd_hub import Chain
-from cbd_hub.data import pack
-from cbd_hub.documents import DataConfig
-from cbd_hub.export import write_model
-from cbd_hub.splits import load_splits
+from cbd_hub.chain.export import write_model
+from cbd_hub.text.documents import DataConfig
+from cbd_hub.text.packing import pack
+from cbd_hub.text.splits import load_splits
 
 SPEECHES = sorted((Path(__file__).parent / "data" / "sotu").glob("20*.txt"))
 

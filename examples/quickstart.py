@@ -13,10 +13,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from cbd_hub import Chain, build_chain
-from cbd_hub.evaluation import evaluate_loss, plot_size_loss
-from cbd_hub.ingredients import Ingredients
-from cbd_hub.recipe import load_recipe
-from cbd_hub.sizing import format_count
+from cbd_hub.axes.sizing import format_count
+from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.recipe import load_recipe
+from cbd_hub.evaluation.held_out import evaluate_loss, plot_size_loss
 
 HERE = Path(__file__).parent
 

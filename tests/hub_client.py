@@ -101,9 +101,9 @@ def _serve() -> None:
     import transformers.models.llama.modeling_llama
     from transformers import AutoTokenizer
 
-    import cbd_hub.assemble
-    import cbd_hub.cli
-    import cbd_hub.export
+    import cbd_hub.chain.chain
+    import cbd_hub.chain.export
+    import cbd_hub.cli.main
 
     assert AutoTokenizer and transformers and cbd_hub
     for line in sys.stdin:

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from tiny_models import tiny_config, tiny_model
 from torch.distributed.tensor import DTensor
 
-from cbd_hub.distill import DistillationConfig, distill
-from cbd_hub.index_maps import IndexMap
+from cbd_hub.manifest.index_maps import IndexMap
+from cbd_hub.training.distill import DistillationConfig, distill
 
 VOCAB = 97
 LENGTH = 24

@@ -18,9 +18,15 @@ from safetensors.torch import load_file
 from tiny_models import VARIANTS, tiny_config, tiny_model
 from transformers import PreTrainedModel
 
-from cbd_hub.architectures import axis_map_for
-from cbd_hub.axis_map import AxisMap
-from cbd_hub.chain import (
+from cbd_hub.axes.architectures import axis_map_for
+from cbd_hub.axes.axis_map import AxisMap
+from cbd_hub.axes.sizing import count_parameters
+from cbd_hub.chain.refine import save_calibration
+from cbd_hub.interpolation.checkpoints import checksum
+from cbd_hub.interpolation.materialize import build_model, make_tensor, target_config
+from cbd_hub.interpolation.plan import plan_subset
+from cbd_hub.manifest.index_maps import IndexMap, save_index_maps
+from cbd_hub.manifest.manifest import (
     CALIBRATION_NAME,
     CHECKSUMS_NAME,
     INDEX_MAPS_NAME,
@@ -30,13 +36,7 @@ from cbd_hub.chain import (
     file_entry,
     write_manifest,
 )
-from cbd_hub.checkpoints import checksum
-from cbd_hub.data import train_tokenizer
-from cbd_hub.index_maps import IndexMap, save_index_maps
-from cbd_hub.materialize import build_model, make_tensor, target_config
-from cbd_hub.plan import plan_subset
-from cbd_hub.refine import save_calibration
-from cbd_hub.sizing import count_parameters
+from cbd_hub.text.packing import train_tokenizer
 
 __all__ = [
     "add_calibration",

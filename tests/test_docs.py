@@ -27,9 +27,9 @@ from torch import Generator, randint
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from cbd_hub.architectures import axis_map_for
-from cbd_hub.cli import app
-from cbd_hub.sizing import count_parameters, ladder
+from cbd_hub.axes.architectures import axis_map_for
+from cbd_hub.axes.sizing import count_parameters, ladder
+from cbd_hub.cli.main import app
 
 DOCS = ROOT / "docs"
 COMMAND = typer.main.get_command(app)
@@ -84,7 +84,7 @@ def reader(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.stem)
 def test_python_blocks_run(page: Path, chain: Path, reader: Client, tmp_path: Path) -> None:
     code = "\n".join(python(page))
-    if "cbd_hub.tasks" in code and find_spec("lm_eval") is None:
+    if "cbd_hub.evaluation.tasks" in code and find_spec("lm_eval") is None:
         pytest.skip("needs lm-evaluation-harness: pip install 'cbd_hub[eval]'")
     shutil.copytree(chain, tmp_path / "my-chain")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -169,7 +169,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "WARNING" not in done.stderr
     reference = (tmp_path / "site" / "reference" / "chain" / "index.html").read_text(encoding="utf-8")
-    assert 'id="cbd_hub.assemble.from_chain"' in reference
+    assert 'id="cbd_hub.chain.chain.from_chain"' in reference
     assert ":func:`" not in reference
     contributing = (tmp_path / "site" / "repository" / "CONTRIBUTING" / "index.html").read_text(encoding="utf-8")
     assert 'href="../../how-to/add-an-architecture/"' in contributing

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from tiny_recipe import tiny_recipe
 
-from cbd_hub.recipe import load_recipe
+from cbd_hub.build.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,8 +15,8 @@ from tiny_recipe import TEXT, built_chain
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cbd_hub.assemble import Chain
-from cbd_hub.export import write_model
+from cbd_hub.chain.chain import Chain
+from cbd_hub.chain.export import write_model
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SPEECHES = [str(TEXT / name) for name in ("1790_george_washington_n.txt", "1797_john_adams_f.txt")]

@@ -132,7 +132,7 @@ def test_an_installed_package_runs_outside_the_checkout(kind: str, source: Path,
     assert carried.keys() == expected.keys()
     assert {"py.typed", "cards/chain.md.jinja", "task_files/boolq.yaml"} <= carried.keys()
     assert all(path.read_bytes() == expected[name].read_bytes() for name, path in carried.items())
-    assert python("import cbd_hub.cards; print(cbd_hub.cards.__file__)") == str(home / "cards.py")
+    assert python("import cbd_hub.hub.cards; print(cbd_hub.hub.cards.__file__)") == str(home / "cards.py")
     assert next(home.parent.glob("cbd_hub-*.dist-info/licenses/LICENSE")).is_file()
 
     told = run(programs / "cbd-hub", "--help", cwd=elsewhere)

@@ -60,7 +60,7 @@ def test_make_targets_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_their_options_exist(page: Path) -> None:
-    from cbd_hub.cli import app
+    from cbd_hub.cli.main import app
 
     commands = typer.main.get_command(app).commands
     for name, *words in [*shell_commands(page, "cbd-hub"), *inline_commands(page)]:

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cbd_hub.build import build_chain
+from cbd_hub.build.build import build_chain
 
 __all__ = ["TEXT", "built_chain", "digests", "tiny_recipe"]
 

@@ -15,7 +15,7 @@ from tiny_models import tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cbd_hub.architectures import axis_map_for
+from cbd_hub.axes.architectures import axis_map_for
 
 __all__ = ["text", "train", "trained_chain", "trained_model"]
 

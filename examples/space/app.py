@@ -3,7 +3,7 @@
 import os
 import sys
 
-from cbd_hub.app import launch
+from cbd_hub.app.page import launch
 
 if not os.environ.get("CBD_CHAIN"):
     sys.exit("set the variable CBD_CHAIN to the repo id of a chain (Space settings, Variables and secrets)")

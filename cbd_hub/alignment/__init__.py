@@ -1,0 +1,3 @@
+"""Which unit of one model is which unit of another."""
+
+__all__ = []

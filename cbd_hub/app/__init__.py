@@ -1,0 +1,3 @@
+"""The page: what it shows, and how."""
+
+__all__ = []

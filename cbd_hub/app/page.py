@@ -1,0 +1,393 @@
+"""A page to look at a chain: choose a size, see the plan, build the model, try it beside its anchors, take it along.
+
+The page is a thin skin: :class:`Workbench` does the work through :class:`cbd_hub.chain.chain.Chain`, and
+:mod:`cbd_hub.app.page_data` says it in words and pictures. A chain is opened when the page is looked at, so one that
+cannot be read is a message on the page and not the end of it; the same holds for every error after that.
+
+Models are made when they are first needed and kept, the few used last. A token that a visitor types is used for one
+push and forgotten: gradio's run history is off, its events are no public interface, and no text of the page quotes it.
+Pages that others can reach (``share=True``, a Space) cannot write to the machine's folders.
+"""
+
+import copy
+import os
+import tempfile
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import cached_property, wraps
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cbd_hub.app.page_data import (
+    BLUE,
+    STYLE,
+    SizeScale,
+    check_token,
+    compared,
+    curve_html,
+    heading_html,
+    message_html,
+    plan_html,
+    plan_rows,
+)
+from cbd_hub.axes.sizing import format_count
+from cbd_hub.chain.chain import Chain
+from cbd_hub.chain.export import write_model
+from cbd_hub.errors import CbdError, RecipeError, SizeError
+from cbd_hub.hub.publish import publish_folder
+from cbd_hub.hub.write import Repository
+from cbd_hub.interpolation.plan import Plan
+
+__all__ = ["NEW_TOKENS", "Workbench", "complete", "launch"]
+
+NEW_TOKENS = (20, 40, 80, 160)
+"""How many tokens the page generates at once."""
+
+_MOST_MODELS = 4
+_LONGEST_PROMPT = 10_000  # characters; a model sees the end of it that fits its context
+_PROBLEMS = (CbdError, OSError, MemoryError, torch.OutOfMemoryError)
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Workbench:
+    """A chain, opened on first use, and the models made from it.
+
+    Args:
+        place: A Hub repo id, or a folder that holds ``chain.json``.
+        where: ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` of
+            :meth:`cbd_hub.chain.chain.Chain.from_pretrained`.
+    """
+
+    def __init__(self, place: str | Path, **where: Any) -> None:
+        self.place = place
+        self._where = where
+        self._chain: Chain | None = None
+        self._models: OrderedDict[Any, PreTrainedModel] = OrderedDict()
+
+    @cached_property
+    def _packed(self) -> "tempfile.TemporaryDirectory[str]":
+        return tempfile.TemporaryDirectory(prefix="cbd-hub-app-")
+
+    @property
+    def chain(self) -> Chain:
+        """The chain; opened again the next time where it could not be.
+
+        Raises:
+            ChainNotFoundError: No such chain, or no access to it.
+            ManifestError: The manifest is malformed.
+        """
+        if self._chain is None:
+            self._chain = Chain.from_pretrained(self.place, **self._where)
+        return self._chain
+
+    def model(self, plan: Plan) -> PreTrainedModel:
+        """Returns a plan's model; made once, as long as it is among the four used last.
+
+        Cost: see :meth:`cbd_hub.chain.chain.Chain.initialize`; nothing where it is kept.
+
+        Raises:
+            IntegrityError: The chain's files are not what its manifest says.
+        """
+        key = (plan.method, plan.small, plan.large, plan.alpha, *plan.shape.items())
+        if key not in self._models:
+            self._models[key] = self.chain.initialize(plan)
+        self._models.move_to_end(key)
+        while len(self._models) > _MOST_MODELS:
+            self._models.popitem(last=False)
+        return self._models[key]
+
+    def pack(self, plan: Plan) -> Path:
+        """Returns a zip file of a model's folder; that of the call before is removed.
+
+        Raises:
+            IntegrityError: The chain's files are not what its manifest says.
+        """
+        for earlier in Path(self._packed.name).iterdir():
+            earlier.unlink()
+        name = f"{self.chain.manifest.name}-{format_count(plan.num_parameters)}"
+        path = Path(self._packed.name) / f"{name}.zip"
+        with tempfile.TemporaryDirectory(prefix="cbd-hub-") as made, zipfile.ZipFile(path, "w") as packed:
+            write_model(self.chain, plan, Path(made) / name)
+            for file in sorted((Path(made) / name).iterdir()):
+                packed.write(file, f"{name}/{file.name}")  # stored: weights do not compress
+        return path
+
+    def push(self, plan: Plan, repo_id: str, token: str, private: bool) -> str:
+        """Publishes a model and returns where.
+
+        Args:
+            plan: The model's plan.
+            repo_id: ``owner/name``.
+            token: The visitor's Hub token; never anybody else's.
+            private: Make the repository private.
+
+        Raises:
+            PublishError: No token, no permission, or a repository that holds something else.
+            IntegrityError: The chain's files are not what its manifest says.
+        """
+        token = check_token(token)
+        repository = Repository(repo_id, token)
+        repository.state()  # a wrong token is told before anything is written
+        message = f"{plan.num_parameters:,} parameters from the chain {self.chain.manifest.name}"
+        with tempfile.TemporaryDirectory(prefix="cbd-hub-") as made:
+            write_model(self.chain, plan, made, repo_id=repo_id)
+            commit = publish_folder(Path(made), repo_id, message, private=private or None, token=token)
+        return f"{repository.url} at {commit.sha[:12]}"
+
+
+def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
+    """Continues a text, the likeliest token each time, so that models can be compared.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompt: The text; of a long one, the end that leaves room in the model's context.
+        new_tokens: At most so many; and at most half the context.
+
+    Returns:
+        The continuation alone.
+
+    Raises:
+        RecipeError: The prompt holds no token.
+    """
+    ids = tokenizer(prompt[-_LONGEST_PROMPT:], return_tensors="pt")["input_ids"]
+    if not prompt.strip() or not ids.numel():
+        raise RecipeError("there is no prompt: type the beginning of a text")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2 * max(NEW_TOKENS)
+    new_tokens = min(new_tokens, context // 2)
+    ids = ids[:, -(context - new_tokens) :].to(model.device)
+    config = copy.deepcopy(model.generation_config)
+    greedy = dict.fromkeys(("temperature", "top_p", "top_k"))
+    config.update(max_new_tokens=new_tokens, max_length=None, do_sample=False, **greedy)
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    run: Any = model  # transformers types generate() away
+    made = run.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def launch(
+    chain: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+    port: int | None = None,
+    share: bool = False,
+    browser: bool = True,
+) -> None:
+    """Serves the page until it is stopped (Ctrl-C), on this machine's loopback address.
+
+    The variable GRADIO_SERVER_NAME names another address, as a Space does; folders cannot be written then.
+
+    Args:
+        chain: A Hub repo id, or a folder that holds ``chain.json``. One that cannot be read is told on the page.
+        revision: Branch, tag or commit of the chain.
+        token: Hub token that the chain is read with. Visitors publish with their own.
+        cache_dir: Another cache than ``HF_HOME``'s.
+        local_files_only: Use the cache alone.
+        port: None is the first free one from 7860 on.
+        share: Let others reach the page, through gradio's servers.
+        browser: Open the page in a browser.
+
+    Raises:
+        CbdError: gradio is not installed.
+        OSError: The port is taken.
+    """
+    gr = _gradio()
+    bench = Workbench(chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    address = os.environ.get("GRADIO_SERVER_NAME", _LOOPBACK[0])
+    alone = not share and address in _LOOPBACK and "SPACE_ID" not in os.environ
+    plain = ["system-ui", "sans-serif"]  # gradio's own would be fetched from a server of fonts
+    theme = gr.themes.Default(primary_hue="blue", font=plain, font_mono=["monospace"]).set(
+        button_primary_background_fill=BLUE,
+        button_primary_background_fill_hover="#005a8d",
+        button_primary_text_color="white",
+        slider_color=BLUE,
+        **dict.fromkeys(("body_text_color_subdued", "block_info_text_color", "input_placeholder_color"), "#6b7280"),
+    )
+    _page(gr, bench, alone).launch(
+        server_port=port,
+        share=share,
+        inbrowser=browser,
+        theme=theme,
+        css=STYLE,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+    )
+
+
+def _gradio() -> Any:
+    try:
+        return import_module("gradio")
+    except ImportError as error:
+        raise CbdError(f'the page needs gradio ({error}); install it: pip install "cbd_hub[app]"') from None
+
+
+def _telling(place: Any) -> Callable[[Callable[..., Iterator[Any]]], Callable[..., Iterator[Any]]]:
+    """Makes a handler's error a message at a place of the page; the rest of the page stays as it is."""
+
+    def wrap(handler: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        @wraps(handler)
+        def run(*arguments: Any) -> Iterator[Any]:
+            try:
+                yield from handler(*arguments)
+            except _PROBLEMS as error:
+                yield {place: message_html(str(error) or type(error).__name__, error=True)}
+
+        return run
+
+    return wrap
+
+
+def _chosen(plan: Plan | None) -> Plan:
+    if plan is None:
+        raise RecipeError("there is no model yet: choose a size and press Build")
+    return plan
+
+
+def _page(gr: Any, bench: Workbench, alone: bool) -> Any:
+    """The page; ``alone`` where nobody but the user of this machine can reach it."""
+    bar = gr.Progress(track_tqdm=True)
+    with gr.Blocks(title=f"Chain {bench.place}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        built = gr.State(None)
+        heading = gr.HTML("<h1>cbd_hub</h1>")
+        opening = gr.HTML("", elem_id="opening", elem_classes="cbd-quiet")
+        retry = gr.Button("Try again", visible=False)
+        with gr.Column(visible=False) as body:
+            with gr.Row():
+                with gr.Column(scale=3):
+                    curve = gr.HTML("", elem_id="curve")
+                    size = gr.Slider(label="Size", elem_id="size", buttons=[])
+                    planning = gr.HTML("", elem_id="planning", elem_classes="cbd-quiet")
+                    build = gr.Button("Build", variant="primary")
+                    building = gr.HTML("", elem_id="building", elem_classes="cbd-busy")
+                with gr.Column(scale=2):
+                    planned = gr.HTML("", elem_id="plan")
+            gr.HTML("<h2>Try it</h2>")
+            with gr.Row(equal_height=True):
+                prompt = gr.Textbox(label="Prompt", lines=2, value="The state of the Union", scale=3, min_width=280)
+                tokens = gr.Radio(NEW_TOKENS, value=NEW_TOKENS[1], label="New tokens", scale=2, min_width=280)
+            generate = gr.Button("Generate", variant="primary")
+            generating = gr.HTML("", elem_id="generating", elem_classes="cbd-busy")
+            with gr.Row():
+                names = ("Small anchor", "Built model", "Large anchor")
+                texts = [
+                    gr.Textbox(label=name, lines=8, max_lines=8, min_width=240, interactive=False) for name in names
+                ]
+            gr.HTML("<h2>Take it along</h2>")
+            with gr.Row():
+                with gr.Column():
+                    pack = gr.Button("Make a zip file")
+                    packed = gr.File(label="Zip file of the model", interactive=False, visible=False)
+                    folder = gr.Textbox(
+                        label="Folder on this machine", placeholder="for example my-model", visible=alone
+                    )
+                    save = gr.Button("Save to the folder", visible=alone)
+                with gr.Column():
+                    repo_id = gr.Textbox(label="Repository", placeholder="for example my-name/my-model")
+                    token = gr.Textbox(
+                        label="Hub token with write permission",
+                        type="password",
+                        info="Used once, for this push; neither logged nor kept.",
+                        html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
+                    )
+                    private = gr.Checkbox(label="Private", value=True)
+                    push = gr.Button("Push to the Hub")
+            taking = gr.HTML("", elem_id="taking", elem_classes="cbd-busy")
+
+        @_telling(opening)
+        def show() -> Iterator[Any]:
+            yield {retry: gr.Button(visible=True)}  # until it is open
+            manifest = bench.chain.manifest
+            scale = SizeScale.of(manifest)
+            yield {
+                heading: heading_html(manifest),
+                opening: "",
+                retry: gr.Button(visible=False),
+                body: gr.Column(visible=True),
+                size: gr.Slider(scale.low, scale.high, scale.middle, step=scale.step, label=scale.label),
+            }
+
+        @_telling(planning)
+        def plan_it(value: float | None) -> Iterator[Any]:
+            manifest = bench.chain.manifest
+            count = SizeScale.of(manifest).count(value)
+            try:
+                plan = bench.chain.plan(count)
+            except SizeError:
+                yield {curve: curve_html(manifest, count, None), planned: ""}
+                raise
+            yield {
+                curve: curve_html(manifest, plan.num_parameters, plan.expected_loss),
+                planned: plan_html(plan_rows(plan)),
+                planning: "",
+            }
+
+        @_telling(building)
+        def build_it(value: float | None, progress: Any = bar) -> Iterator[Any]:
+            start = time.monotonic()
+            plan = bench.chain.plan(SizeScale.of(bench.chain.manifest).count(value))
+            made = bench.model(plan)
+            seconds = time.monotonic() - start
+            yield {
+                built: plan,
+                building: message_html(f"Built: {made.num_parameters():,} parameters, in {seconds:.1f} s."),
+                **{text: gr.Textbox(value="", label=name) for text, name in zip(texts, names, strict=True)},
+            }
+
+        @_telling(generating)
+        def generate_it(plan: Plan | None, text: str, most: int, progress: Any = bar) -> Iterator[Any]:
+            chain, plan = bench.chain, _chosen(plan)
+            small, large = (chain.plan(shape=anchor.shape) for anchor in compared(chain.manifest, plan))
+            yield {generating: "", **dict.fromkeys(texts, "")}
+            for place, name, each in zip(texts, names, (small, plan, large), strict=True):
+                label = f"{name}, {format_count(each.num_parameters)}"
+                made = complete(bench.model(each), chain.tokenizer, text, most)
+                yield {place: gr.Textbox(value=made, label=label)}
+            yield {generating: message_html("Done: the likeliest token each time.")}
+
+        @_telling(taking)
+        def pack_it(plan: Plan | None, progress: Any = bar) -> Iterator[Any]:
+            path = bench.pack(_chosen(plan))
+            yield {packed: gr.File(str(path), visible=True), taking: message_html(f"{path.name} is ready.")}
+
+        @_telling(taking)
+        def save_it(plan: Plan | None, name: str, progress: Any = bar) -> Iterator[Any]:
+            plan = _chosen(plan)
+            if not alone or not name.strip():
+                raise RecipeError("name a new or empty folder on this machine")
+            target = Path(name.strip()).expanduser()
+            write_model(bench.chain, plan, target)
+            yield {taking: message_html(f"Saved to {target.resolve()}.")}
+
+        @_telling(taking)
+        def push_it(plan: Plan | None, name: str, secret: str, hidden: bool, progress: Any = bar) -> Iterator[Any]:
+            yield {token: ""}
+            where = bench.push(_chosen(plan), name.strip(), secret, hidden)
+            yield {taking: message_html(f"Published: {where}.")}
+
+        def on(event: Any, handler: Any, inputs: Any, outputs: Any, shown: Any = None, **more: Any) -> None:
+            quiet = {"show_progress_on": shown} if shown else {"show_progress": "hidden"}
+            event(handler, inputs, outputs, api_visibility="private", **quiet, **more)
+
+        heavy = {"concurrency_limit": 1, "concurrency_id": "models"}  # one after another: they share the memory
+        for event in (page.load, retry.click):
+            on(event, show, None, [heading, opening, retry, body, size])
+        raw = {"preprocess": False}  # what is typed beyond the slider's ends is told in the words of the plan
+        on(size.change, plan_it, size, [curve, planned, planning], trigger_mode="always_last", **raw)
+        on(build.click, build_it, size, [built, building, *texts], building, **heavy, **raw)
+        for event in (generate.click, prompt.submit):
+            on(event, generate_it, [built, prompt, tokens], [generating, *texts], generating, **heavy)
+        on(pack.click, pack_it, built, [packed, taking], taking, **heavy)
+        on(save.click, save_it, [built, folder], taking, taking, **heavy)
+        on(push.click, push_it, [built, repo_id, token, private], [token, taking], taking, **heavy)
+    return page

@@ -1,0 +1,3 @@
+"""What is known of a model family, as data: integers and strings only."""
+
+__all__ = []

@@ -1,0 +1,3 @@
+"""From a recipe to a chain."""
+
+__all__ = []

@@ -1,0 +1,378 @@
+"""Anchor zero: a chain of one architecture and vocabulary, founded on a source of another.
+
+A chain is distilled anchor by anchor, which needs a largest anchor of the chain's own architecture and vocabulary.
+Where the source is another model, that *anchor zero* is made first, by any of three means, which add up:
+
+``transplant``
+    The start: the source's embeddings written for the new vocabulary (:mod:`cbd_hub.initialization.transplant`), and
+    its blocks too where both architectures have the same form. Without it, anchor zero starts from random weights.
+``logits``
+    The loss: the divergence from the source's predictions, over groups of tokens whose ends meet
+    (:mod:`cbd_hub.losses.cross_vocabulary`); plain KL where both have one vocabulary.
+``seqkd``
+    The text: the source writes it (:mod:`cbd_hub.text.synthesis`), and anchor zero learns it through its own
+    tokenizer. This is the paper's way (Chain-based Distillation, arXiv 2605.07783), and the only one for a source
+    behind a server.
+
+``auto`` takes what the two models allow, and says why.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import datasets
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from cbd_hub.alignment.basis import rotate
+from cbd_hub.alignment.importance import rank
+from cbd_hub.axes.architectures import axis_map_for
+from cbd_hub.errors import AxisMapError, RecipeError
+from cbd_hub.initialization.copy_blocks import carry_blocks, same_form
+from cbd_hub.initialization.fresh import fresh_config, fresh_model
+from cbd_hub.initialization.refit import can_refit, refit
+from cbd_hub.initialization.transplant import Method, embeddings_into, transplant_vocabulary
+from cbd_hub.interpolation.materialize import cut
+from cbd_hub.losses.cross_vocabulary import Across
+from cbd_hub.manifest.index_maps import kept_hidden
+from cbd_hub.manifest.manifest import Bridge, Training
+from cbd_hub.text.documents import Documents
+from cbd_hub.text.packing import mix, pack
+from cbd_hub.text.synthesis import GenerationConfig, make_generator, read_prompts, synthesize
+from cbd_hub.text.token_groups import TokenAligner
+from cbd_hub.text.vocabulary import Pairs, Vocabulary, VocabularyReport, compare_vocabularies
+from cbd_hub.training.distill import DistillationConfig, distill
+
+__all__ = ["BridgeConfig", "BridgeSetting", "Founding", "Way", "choose", "found"]
+
+Way = Literal["transplant", "logits", "seqkd"]
+"""One means of founding anchor zero; see the top of this module."""
+
+SHARED_ENOUGH = 0.3
+"""Share of the corpus's tokens that the source must know too, for ``auto`` to compare predictions."""
+
+_SAMPLE = 2_000_000  # characters of training text that vocabularies are compared and transplanted on
+_RATIOS = {"q_per_kv": "num_attention_heads / num_key_value_heads"}  # axes without a config field
+_OF_A_CHECKPOINT = ("architectures", "dtype", "torch_dtype", "model_type", "transformers_version", "_name_or_path")
+
+
+def _as_mapping(value: Any) -> Any:
+    """``auto`` or a list of ways stands for a mapping with ``use``."""
+    return {"use": value} if isinstance(value, str | list) else value
+
+
+class BridgeConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """How anchor zero is made where the source is of another architecture or vocabulary."""
+
+    use: Literal["auto"] | list[Way] = "auto"
+    """Any of ``transplant``, ``logits`` and ``seqkd``; ``auto`` picks. An empty list trains from random weights on the
+    corpus, without the source: the control."""
+    architecture: str | None = None
+    """``model_type`` of anchor zero; None is the source's."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Fields of its config; those left out are the source's, or for another architecture that config's defaults."""
+    training: DistillationConfig = DistillationConfig(hidden=0)
+    """How anchor zero is trained; ``ce`` and ``kl`` weigh the text and the source's predictions, ``hidden`` plays no
+    part."""
+    uld: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Weight of the distance between sorted probabilities of tokens that only one vocabulary has."""
+    embeddings: Method = "pieces"
+    """How a token that the source lacks gets a row: the mean of the source's tokens that spell it, or a sparse
+    combination of shared tokens by orthogonal matching pursuit
+    (:func:`cbd_hub.initialization.transplant.transplant_vocabulary`)."""
+    k: int = Field(default=8, ge=1)
+    """Shared tokens in such a combination, at most."""
+    generation: GenerationConfig = GenerationConfig(documents=1000)
+    """What the source writes, for ``seqkd``."""
+    generated_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the training tokens that are the source's own text, for ``seqkd``; the others are the corpus."""
+    cache: str | None = None
+    """Folder that generated text is kept in, for any later build too; None is one beside the datasets cache."""
+
+    @model_validator(mode="after")
+    def _once(self) -> "BridgeConfig":
+        if len(set(self.use)) != len(self.use) and self.use != "auto":
+            raise ValueError(f"use names a way twice: {self.use}")
+        return self
+
+
+BridgeSetting = Annotated[BridgeConfig, BeforeValidator(_as_mapping)]
+"""A :class:`BridgeConfig` as recipes write it: ``auto``, a list of ways, or a mapping."""
+
+
+@dataclass(frozen=True)
+class Founding:
+    """What anchor zero is founded on."""
+
+    tokenizer: Tokenizer
+    """The chain's."""
+    train: Documents
+    """Packed blocks of the chain's tokenizer."""
+    validation: Documents | None
+    """Packed blocks that choose the best weights."""
+    calibration: Tensor | None
+    """(N, S) token ids of the chain's tokenizer, to rank what is cut."""
+    documents: Callable[[], Iterable[Mapping[str, str]]]
+    """The rows, with a column ``text``, that `train` was packed from, from the first on."""
+    source_name: str
+    """Repo id, folder or name on the server."""
+    source: PreTrainedModel | None = None
+    """In float32; None where it is behind a server."""
+    source_tokenizer: Tokenizer | None = None
+    """Its own; None where it is not to be had."""
+    source_revision: str | None = None
+    """Commit, tag or branch."""
+    document_boundaries: bool = False
+    """Whether blocks keep their documents apart."""
+    base: Path = Path()
+    """Folder that relative paths start from."""
+
+    @cached_property
+    def sample(self) -> list[str]:
+        """The first two million characters of the training text, by document."""
+        taken, total = [], 0
+        for row in self.documents():
+            taken.append(row["text"])
+            total += len(row["text"])
+            if total >= _SAMPLE:
+                break
+        return taken
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """The tokens that chain and source both have.
+
+        Raises:
+            RecipeError: The source has no tokenizer, or one of the two cannot spell every text.
+        """
+        if self.source_tokenizer is None:
+            raise RecipeError(f"the source {self.source_name!r} has no tokenizer")
+        return Pairs.between(Vocabulary.of(self.tokenizer), Vocabulary.of(self.source_tokenizer))
+
+    def compare(self) -> VocabularyReport:
+        """How the two vocabularies compare on the sample.
+
+        Raises:
+            RecipeError: As :attr:`pairs`.
+        """
+        if self.source_tokenizer is None:
+            raise RecipeError(f"the source {self.source_name!r} has no tokenizer")
+        return compare_vocabularies(self.tokenizer, self.source_tokenizer, self.sample)
+
+
+def choose(config: BridgeConfig, on: Founding) -> tuple[list[Way], str, VocabularyReport | None]:
+    """Decides which ways are taken, and says why.
+
+    Returns:
+        The ways, a sentence, and how the vocabularies compare (None where they cannot be compared).
+
+    Raises:
+        RecipeError: A way was asked for that these two models do not allow.
+    """
+    asked = None if config.use == "auto" else list(config.use)
+    if on.source is None:
+        if asked not in (None, ["seqkd"], []):
+            raise RecipeError(
+                f"the source is behind a server, which gives only text; bridge.use is {asked} and can be [seqkd]"
+            )
+        return ["seqkd"] if asked is None else asked, "the source is behind a server, which gives only text", None
+    try:
+        pairs, report = on.pairs, on.compare()
+    except RecipeError as error:
+        if on.source_tokenizer is None or (asked and set(asked) & {"logits", "transplant"}):
+            raise
+        return ["seqkd"] if asked is None else asked, f"the vocabularies cannot be compared ({error})", None
+    if asked is not None:
+        return asked, "the recipe says so", report
+    shared = report.student_frequency
+    if pairs.identical:
+        return ["transplant", "logits"], "source and chain have one vocabulary", report
+    if shared >= SHARED_ENOUGH:
+        return ["transplant", "logits"], f"the source knows {shared:.0%} of the corpus's tokens", report
+    why = f"the source knows only {shared:.0%} of the corpus's tokens (below {SHARED_ENOUGH:.0%})"
+    return ["seqkd"], why, report
+
+
+def found(
+    config: BridgeConfig, on: Founding, work_dir: Path, *, say: Callable[[str], object] = str, progress: bool = True
+) -> tuple[PreTrainedModel, Training, Bridge]:
+    """Makes anchor zero.
+
+    Args:
+        config: How.
+        on: Source, tokenizers and text.
+        work_dir: Folder for what training writes.
+        say: Told, in a sentence or a table each, what was chosen and what was found.
+        progress: Show progress bars.
+
+    Returns:
+        The model in ``eval()`` mode, its training, and the record that the manifest keeps.
+
+    Cost: of training on ``training.tokens``; with ``logits`` the source's forward pass on them too, and with ``seqkd``
+    its writing, once for any number of builds.
+
+    Raises:
+        RecipeError: The models do not allow what is asked for, the config is none of the architecture's, the source
+            cannot generate, or a server gave no text.
+    """
+    ways, why, report = choose(config, on)
+    say(f"bridge from {on.source_name}: {' + '.join(ways) or 'nothing but the corpus'}, because {why}")
+    if report is not None:
+        say(str(report))
+    wanted = _config(config, on)
+    model, carried, fresh_blocks = _start(config, on, wanted, "transplant" in ways, progress)
+    say(f"anchor zero starts with {', '.join(carried) or 'random weights'}")
+    if fresh_blocks is not None:
+        say(f"its blocks are fresh: {fresh_blocks}")
+    train, generated = on.train, 0
+    if "seqkd" in ways:
+        train, generated = _written(config, on, progress)
+    across, teacher = None, None
+    if "logits" in ways and on.source is not None and on.source_tokenizer is not None:
+        teacher = on.source
+        rows = on.source.config.get_text_config().vocab_size
+        if not (on.pairs.identical and rows == wanted.get_text_config().vocab_size):
+            across = Across(TokenAligner(on.tokenizer, on.source_tokenizer), on.pairs, config.uld)
+    training = distill(
+        model,
+        teacher,
+        train,
+        on.validation if on.validation is not None else train,
+        config.training,
+        across=across,
+        work_dir=work_dir,
+        progress=progress,
+    )
+    if across is not None and (counts := {k: n for k, n in across.aligner.counts.items() if n}):
+        say("of the text: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
+    record = Bridge(
+        source=on.source_name,
+        source_revision=on.source_revision,
+        source_architecture=None if on.source is None else on.source.config.model_type,
+        use=ways,
+        why=why,
+        carried=carried,
+        fresh_blocks=fresh_blocks,
+        vocabulary=None if report is None else json.loads(json.dumps(report.to_dict())),
+        generated_documents=generated,
+    )
+    return model.eval(), training, record
+
+
+def _config(config: BridgeConfig, on: Founding) -> PreTrainedConfig:
+    """Anchor zero's config."""
+    own = None if on.source is None else on.source.config
+    architecture = config.architecture or (own.model_type if own is not None else None)
+    if architecture is None:
+        raise RecipeError("bridge.architecture is missing, and a source behind a server has none to take over")
+    base = {}
+    if own is not None and architecture == own.model_type:
+        base = {k: v for k, v in own.to_dict().items() if k not in _OF_A_CHECKPOINT}
+        axis_map = axis_map_for(own)
+        depth = next(field for field, axis in axis_map.fields.items() if axis == "layers")
+        if config.config.get(depth, base[depth]) != base[depth]:  # lists of one entry a layer no longer fit
+            base = {k: v for k, v in base.items() if k not in axis_map.layer_lists}
+    return fresh_config(architecture, on.tokenizer, config.config, base, key="bridge.config")
+
+
+def _start(
+    config: BridgeConfig, on: Founding, wanted: PreTrainedConfig, transplant: bool, progress: bool
+) -> tuple[PreTrainedModel, list[str], str | None]:
+    """Anchor zero before training, what of the source it has, and why its blocks are not among that."""
+    fresh = fresh_model(wanted, config.training.seed)
+    if not transplant or on.source is None or on.source_tokenizer is None:
+        return fresh, [], None
+    moved, _ = transplant_vocabulary(
+        on.source,
+        on.source_tokenizer,
+        on.tokenizer,
+        on.sample,
+        rows=wanted.get_text_config().vocab_size,
+        method=config.embeddings,
+        k=config.k,
+        progress=progress,
+    )
+    try:
+        full = _carried(moved, wanted, on.calibration)
+    except (AxisMapError, RecipeError) as error:
+        if on.calibration is None:
+            raise RecipeError(
+                "transplant needs calibration_tokens above 0, to know which tokens are frequent"
+            ) from error
+        embeddings_into(fresh, moved, on.calibration)
+        return fresh, ["embeddings"], str(error)
+    return _cut_to(full, wanted, on.calibration, progress), ["embeddings", "blocks"], None
+
+
+def _carried(source: PreTrainedModel, wanted: PreTrainedConfig, blocks: Tensor | None) -> PreTrainedModel:
+    """The source with its blocks under another config, before it is cut to that one's sizes.
+
+    Raises:
+        AxisMapError, RecipeError: A field or a rule does not allow it; the message says which.
+    """
+    large_map, axis_map = axis_map_for(source.config), axis_map_for(wanted)
+    if not same_form(large_map, axis_map):
+        raise RecipeError(f"{wanted.model_type} blocks have another form than {source.config.model_type}'s")
+    large, small = large_map.sizes(source.config), axis_map.sizes(wanted)
+    fields = _RATIOS | {axes: field for field, axes in axis_map.fields.items()}
+    for axis, size in small.items():
+        if axis != "vocab" and axis in axis_map.frozen and size != large[axis]:
+            raise RecipeError(f"{fields.get(axis, axis)} {size} is not the source's {large[axis]}")
+        if size > large[axis]:
+            raise RecipeError(f"{fields.get(axis, axis)} {size} is above the source's {large[axis]}")
+    full = copy.deepcopy(wanted)
+    for field, value in axis_map.config_fields({**large, "vocab": small["vocab"]}).items():
+        setattr(full, field, value)
+    for field in axis_map.layer_lists:
+        entries, theirs = getattr(full, field, None), getattr(source.config, field, None)
+        if entries and len(entries) != large["layers"]:  # those of the smaller model
+            if theirs is None and len(set(entries)) > 1:
+                raise RecipeError(f"{field} differs from layer to layer, and the source's layers are all alike")
+            setattr(full, field, list(theirs or entries[:1] * large["layers"]))
+    return carry_blocks(source, full, blocks=None if blocks is None else blocks[:8])[0]
+
+
+def _cut_to(
+    model: PreTrainedModel, wanted: PreTrainedConfig, blocks: Tensor | None, progress: bool
+) -> PreTrainedModel:
+    """A model cut to the sizes of a config of its family, and refitted."""
+    axis_map = axis_map_for(model.config)
+    large, small = axis_map.sizes(model.config), axis_map.sizes(wanted)
+    if small == large:
+        return model
+    turned = axis_map.rotatable and blocks is not None and small["hidden"] != large["hidden"]
+    if turned and blocks is not None:
+        rotate(model, axis_map, large, blocks)
+    index_map = rank(model, axis_map, large, small, blocks, turned, progress)
+    student = cut(model, axis_map, large, small, index_map)
+    if blocks is not None and can_refit(axis_map):
+        kept = kept_hidden(index_map, small["hidden"], large["hidden"])
+        refit(student, model, axis_map, index_map.layers_of(small["layers"]), kept, blocks, progress=progress)
+    return student
+
+
+def _written(config: BridgeConfig, on: Founding, progress: bool) -> tuple[Documents, int]:
+    """Packed blocks of what the source writes, and of how many texts."""
+    generator = make_generator(config.generation, on.source, on.source_tokenizer)
+    prompts = read_prompts(config.generation, on.documents(), on.source_tokenizer or on.tokenizer, on.base)
+    cache = on.base / config.cache if config.cache else Path(datasets.config.HF_DATASETS_CACHE).parent / "cbd_hub"
+    texts = synthesize(generator, prompts, config.generation, cache, progress=progress)
+    length = len(next(iter(on.train))["input_ids"])
+    blocks = pack(texts.select_columns(["text"]), on.tokenizer, length, on.document_boundaries)
+    if config.generated_share == 1:
+        return blocks, len(texts)
+    share, seed = config.generated_share, config.training.seed
+    needed = math.ceil(config.training.tokens / length)
+    corpus = on.train if not isinstance(on.train, datasets.IterableDataset) else None
+    if corpus is None:
+        corpus = datasets.Dataset.from_list(list(islice(on.train, needed)))
+    return mix([blocks, corpus], [share, 1 - share], seed), len(texts)

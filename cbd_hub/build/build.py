@@ -1,0 +1,400 @@
+"""``build_chain``: from a recipe to a chain on disk, one anchor after the other, resumable.
+
+Every step is a function of the recipe, the text and the finished steps before it, and is written in full before it
+counts: the anchor's folder is renamed into place, then a record of the step appears under ``.build``. A build that was
+killed goes on behind its last record and ends with the same chain. ``chain.json`` is written last of all. Under
+``accelerate launch`` every process does the same, trains its share, and the first one writes.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from cbd_hub.alignment.basis import rotate
+from cbd_hub.alignment.importance import rank
+from cbd_hub.alignment.ready_made import adopt, check_neighbours
+from cbd_hub.axes.architectures import axis_map_for, register_axis_map
+from cbd_hub.axes.axis_map import AxisMap
+from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, ladder
+from cbd_hub.build.bridge import found
+from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.recipe import AnchorSpec, Recipe, load_recipe, step_fingerprint
+from cbd_hub.chain.chain import Chain
+from cbd_hub.chain.measure import measure_barriers, measure_curve, plot_chain
+from cbd_hub.chain.refine import save_calibration
+from cbd_hub.errors import OutputExistsError, RecipeError
+from cbd_hub.evaluation.held_out import evaluate_loss
+from cbd_hub.hub import cards
+from cbd_hub.hub.read import Location
+from cbd_hub.initialization.refit import can_refit, refit
+from cbd_hub.interpolation.checkpoints import checksum_file
+from cbd_hub.interpolation.materialize import cut, parse_dtype
+from cbd_hub.manifest import manifest as manifests
+from cbd_hub.manifest.index_maps import IndexMap, kept_hidden, read_index_map, save_index_maps
+from cbd_hub.manifest.manifest import Anchor, Bridge, Manifest, Training
+from cbd_hub.training.distill import distill
+
+__all__ = ["build_chain"]
+
+_BRIDGE = "bridge.json"  # how anchor zero was founded, written before its step is
+_LIBRARIES = ("cbd_hub", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+
+
+class _Build:
+    """One build: the recipe, the output folder, and what the steps share."""
+
+    def __init__(self, recipe: Recipe, base: Path, output: Path, progress: bool) -> None:
+        self.recipe = recipe
+        self.made = Ingredients(recipe, base)
+        self.output = output
+        self.state = output / ".build"
+        self.progress = progress
+        self.names: set[str] = set()
+        if recipe.axis_map is not None:
+            register_axis_map(AxisMap.from_dict(recipe.axis_map))
+
+    def load(self, name: str) -> PreTrainedModel:
+        """Loads a finished anchor in float32."""
+        return AutoModelForCausalLM.from_pretrained(self.output / "anchors" / name, dtype=torch.float32).eval()
+
+    # -- steps
+
+    def source(self) -> tuple[str, PreTrainedModel, Training | None, IndexMap | None, str]:
+        """Step 0: the source becomes the largest anchor, rotated first where a later anchor is narrower."""
+        model, training = self._source_model()
+        axis_map = axis_map_for(model.config)
+        sizes = axis_map.sizes(model.config)
+        basis, blocks = self._basis(axis_map, sizes), self.made.calibration()
+        if basis == "pca" and blocks is not None:
+            rotate(model, axis_map, sizes, blocks)
+        name = self.recipe.source.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, sizes))}"
+        return name, model, training, None, basis
+
+    def _source_model(self) -> tuple[PreTrainedModel, Training | None]:
+        """The source itself, or anchor zero, founded on it; how goes into a record of its own."""
+        if (bridge := self.recipe.bridge) is None:
+            return self.made.source(self.state / "work", self.progress)
+        on = self.made.founding(bridge)
+
+        def say(text: str) -> None:
+            if self.progress and PartialState().is_main_process:
+                sys.stderr.write(f"{text}\n")
+
+        model, training, made = found(bridge, on, self.state / "work", say=say, progress=self.progress)
+        if PartialState().is_main_process:
+            _write_json(self.state / _BRIDGE, made.model_dump(mode="json"))
+        return model, training
+
+    def _basis(self, axis_map: AxisMap, sizes: Sizes) -> str:
+        """``pca`` where the source is to be rotated: there is a narrower anchor, and text to measure on."""
+        can = axis_map.rotatable and self.made.calibration() is not None
+        return "pca" if can and self._width_changes(axis_map, sizes) else "native"
+
+    def _width_changes(self, axis_map: AxisMap, sizes: Sizes) -> bool:
+        for spec in self.recipe.anchors:
+            small = self._target(spec, axis_map, sizes)
+            if small["hidden"] != sizes["hidden"]:
+                return True
+            sizes = small
+        return False
+
+    def _target(self, spec: AnchorSpec, axis_map: AxisMap, large: Sizes) -> dict[str, int]:
+        """The sizes of the next anchor."""
+        if spec.init is not None:
+            return axis_map_for(config := self.made.checkpoint_config(spec.init, spec.revision)).sizes(config)
+        if spec.shape is not None:
+            for field in spec.shape:
+                if field not in axis_map.fields:
+                    raise RecipeError(f"anchor shape has no field {field!r}; allowed: {', '.join(axis_map.fields)}")
+            return axis_map.sizes({**axis_map.config_fields(large), **spec.shape})
+        count = count_parameters(axis_map, large)
+        target = spec.num_parameters or round(count * (spec.fraction or 0))
+        named = {axis for point in self.recipe.spread.waypoints for axis in point}
+        if unknown := named - set(large) - {"kv_heads"}:  # which not every family has, and the default names
+            raise RecipeError(f"spread.waypoints names {sorted(unknown)[0]!r}; axes here: {', '.join(large)}")
+        return ladder(axis_map, large, target, waypoints=self.recipe.spread.waypoints)
+
+    def anchor(self, index: int, parent: Anchor, basis: str) -> tuple[str, PreTrainedModel, Training, IndexMap, str]:
+        """Step k: rank the parent's units, cut the student out, refit it, distil it from the parent."""
+        spec = self.recipe.anchors[index - 1]
+        teacher = self.load(parent.name)
+        axis_map = axis_map_for(teacher.config)
+        large = axis_map.sizes(teacher.config)
+        small = self._target(spec, axis_map, large)
+        name = spec.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, small))}"
+        if name in self.names:
+            raise RecipeError(f"two anchors would have the name {name!r}; give one of them another `name`")
+        found: dict[str, float] = {}
+        if spec.init is not None:
+            student = self.made.checkpoint(spec.init, spec.revision)
+            check_neighbours(student, teacher, spec.init)
+            blocks = self.made.calibration() if spec.align else None
+            student, index_map = adopt(student, teacher, axis_map, blocks, self.progress)
+            if PartialState().is_main_process:
+                save_index_maps({"": index_map}, self.state / f"step-{index}.safetensors")
+        else:
+            index_map = self._rank(index, teacher, axis_map, large, small, basis)
+            student = cut(teacher, axis_map, large, small, index_map)
+            if self.recipe.refit:
+                found = self._refit(student, teacher, axis_map, index_map)
+        tokens = {} if spec.tokens is None else {"tokens": spec.tokens}
+        config = self.recipe.distillation.model_copy(update=tokens)
+        if config.tokens == 0:
+            training = Training(tokens=0, seed=config.seed)
+        elif self.made.text is None:
+            raise RecipeError("distillation.tokens is above 0 and the recipe has no `data`")
+        else:
+            training = distill(
+                student,
+                teacher,
+                self.made.text.train,
+                self.made.validation,
+                config,
+                index_map=index_map,
+                work_dir=self.state / "work",
+                progress=self.progress,
+            )
+        return name, student, training.model_copy(update=found), index_map, basis
+
+    def _rank(
+        self, index: int, teacher: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, basis: str
+    ) -> IndexMap:
+        """Which units are kept; written down at once, since it takes minutes and decides everything after it."""
+        record = self.state / f"ranking-{index}.json"
+        maps = self.state / f"step-{index}.safetensors"
+        fingerprint = step_fingerprint(self.recipe, index)
+        if record.is_file():
+            saved = json.loads(record.read_text(encoding="utf-8"))
+            if saved["fingerprint"] == fingerprint:
+                return read_index_map(saved["layers"], maps)
+        blocks = self.made.calibration()
+        index_map = rank(teacher, axis_map, large, small, blocks, basis == "pca", self.progress)
+        if PartialState().is_main_process:
+            record.unlink(missing_ok=True)  # it never stands beside maps that are not its own
+            save_index_maps({"": index_map}, maps)
+            _write_json(record, {"fingerprint": fingerprint, "layers": [int(i) for i in index_map.layers]})
+        return index_map
+
+    def _refit(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, axis_map: AxisMap, index_map: IndexMap
+    ) -> dict[str, float]:
+        """Refits a cut student, unless that raises its loss; returns the loss of the subset as it was cut."""
+        blocks = self.made.refit_blocks()
+        if blocks is None or self.made.validation is None or not can_refit(axis_map):
+            return {}
+        before = evaluate_loss(student, self.made.validation).loss
+        weights = {name: p.detach().clone() for name, p in student.named_parameters()}
+        small, large = axis_map.sizes(student.config), axis_map.sizes(teacher.config)
+        layers = index_map.layers_of(small["layers"])
+        kept = kept_hidden(index_map, small["hidden"], large["hidden"])
+        refit(student, teacher, axis_map, layers, kept, blocks, progress=self.progress)
+        if not evaluate_loss(student, self.made.validation).loss < before:
+            student.load_state_dict(weights, strict=False)
+        return {"cut_loss": before}
+
+    def step(self, index: int, parent: Anchor | None, basis: str) -> tuple[Anchor, IndexMap | None, str]:
+        """Runs step ``index`` (0 is the source) unless an earlier run did; what counts is its record either way."""
+        record = self.state / f"step-{index}.json"
+        fingerprint = step_fingerprint(self.recipe, index)
+        if not record.is_file():
+            if parent is None:
+                name, model, training, index_map, basis = self.source()
+            else:
+                name, model, training, index_map, basis = self.anchor(index, parent, basis)
+            if PartialState().is_main_process:
+                init = self.recipe.anchors[index - 1].init if index else None
+                made = self._save(name, model, training, index_map, parent, init).model_dump(mode="json")
+                _write_json(record, {"fingerprint": fingerprint, "basis": basis, "anchor": made})
+            PartialState().wait_for_everyone()
+        saved = json.loads(record.read_text(encoding="utf-8"))
+        if saved["fingerprint"] != fingerprint:
+            raise self._another(f"step {index} differs")
+        anchor = Anchor.model_validate_json(json.dumps(saved["anchor"]))
+        for name, entry in anchor.files.items():
+            manifests.check_file(self.output / "anchors" / anchor.name / name, entry)
+        if parent is None:  # the one thing in which later anchors touch an earlier step
+            axis_map = axis_map_for(AutoConfig.from_pretrained(self.output / "anchors" / anchor.name))
+            if (wanted := self._basis(axis_map, axis_map.sizes(anchor.shape))) != saved["basis"]:
+                raise self._another(f"its basis is {saved['basis']}, these anchors need {wanted}")
+        self.names.add(anchor.name)
+        maps = self.state / f"step-{index}.safetensors"
+        own = read_index_map(anchor.layer_order, maps) if anchor.layer_order is not None else None
+        return anchor, own, saved["basis"]
+
+    def _another(self, why: str) -> OutputExistsError:
+        return OutputExistsError(
+            f"{self.output} holds a build of another recipe ({why}); name another folder, or start over with "
+            "resume=False (--no-resume)"
+        )
+
+    def _save(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        training: Training | None,
+        index_map: IndexMap | None,
+        parent: Anchor | None,
+        init: str | None,
+    ) -> Anchor:
+        """Writes an anchor's folder whole, then renames it into place; returns its manifest entry."""
+        axis_map = axis_map_for(model.config)
+        sizes = axis_map.sizes(model.config)
+        evaluation = None
+        if self.made.text is not None:
+            result = evaluate_loss(
+                model, self.made.text.test, progress=self.progress, max_tokens=self.recipe.evaluation.tokens
+            )
+            evaluation = manifests.Evaluation(
+                loss=result.loss, perplexity=result.perplexity, num_tokens=result.num_tokens
+            )
+        dtype = parse_dtype(self.recipe.dtype)
+        model.to(dtype=dtype)  # type: ignore[call-arg]
+        model.config.dtype = dtype
+        folder, partial = self.output / "anchors" / name, self.state / f"partial-{name}"
+        for old in (folder, partial):
+            shutil.rmtree(old, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        model.config._name_or_path = name
+        model.save_pretrained(partial)
+        if self.made.tokenizer is not None:
+            self.made.tokenizer.save_pretrained(partial)
+        files = {p.name: manifests.file_entry(p) for p in sorted(partial.iterdir()) if _is_model_file(p.name)}
+        partial.replace(folder)
+        return Anchor(
+            name=name,
+            subfolder=f"anchors/{name}",
+            shape=axis_map.config_fields(sizes),
+            num_parameters=count_parameters(axis_map, sizes),
+            dtype=self.recipe.dtype,
+            parent=parent.name if parent else None,
+            init=init,
+            aligned=init is None,
+            layer_order=[int(i) for i in index_map.layers] if index_map is not None else None,
+            files=files,
+            training=training,
+            evaluation=evaluation,
+        )
+
+    # -- the whole
+
+    def finish(self, anchors: list[Anchor], maps: Mapping[str, IndexMap], basis: str) -> None:
+        """Writes index maps, checksums, tokenizer, curve and card, and ``chain.json`` last."""
+        config: PreTrainedConfig = AutoConfig.from_pretrained(self.output / "anchors" / anchors[0].name)
+        axis_map = axis_map_for(config)
+        sums = {a.name: checksum_file(self.output / "anchors" / a.name, a.files) for a in anchors}
+        (self.output / manifests.CHECKSUMS_NAME).write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n")
+        maps_path = self.output / manifests.INDEX_MAPS_NAME
+        if any(m.orders or m.energy for m in maps.values()):
+            save_index_maps(maps, maps_path)
+        calibration = self.made.shipped_calibration()
+        if calibration is not None:
+            save_calibration(calibration, self.output / manifests.CALIBRATION_NAME)
+        tokenizer = {}
+        if self.made.tokenizer is not None:
+            saved = self.made.tokenizer.save_pretrained(self.output)
+            tokenizer = {
+                n: manifests.file_entry(self.output / n)
+                for n in sorted({Path(s).name for s in saved or ()})
+                if (self.output / n).is_file()
+            }
+        founded = None
+        if self.recipe.bridge is not None:
+            founded = Bridge.model_validate_json((self.state / _BRIDGE).read_text(encoding="utf-8"))
+        manifest = Manifest(
+            name=self.recipe.name,
+            architecture=config.model_type,
+            axis_map=json.loads(json.dumps(axis_map.to_dict())),
+            basis=basis,  # type: ignore[arg-type]
+            layers_last=self.recipe.spread.layers_last,
+            source=self.recipe.source.model or self.recipe.source.served or "trained from scratch",
+            source_revision=self.recipe.source.revision,
+            bridge=founded,
+            license=self.recipe.license,
+            anchors=anchors,
+            tokenizer=tokenizer,
+            index_maps=manifests.file_entry(maps_path) if maps_path.is_file() else None,
+            checksums=manifests.file_entry(self.output / manifests.CHECKSUMS_NAME),
+            calibration=None
+            if calibration is None
+            else manifests.file_entry(self.output / manifests.CALIBRATION_NAME),
+            recipe=self.recipe.model_dump(mode="json", exclude_none=True, exclude={"axis_map", "hub"}),
+            versions={library: version(library) for library in _LIBRARIES},
+        )
+        if self.made.text is not None and (per_pair := self.recipe.evaluation.curve_points):
+            place, most = Location(str(self.output)), self.recipe.evaluation.tokens
+            anchors = measure_barriers(Chain(place, manifest), self.made.validation or [], most, self.progress)
+            manifest = manifest.model_copy(update={"anchors": anchors})
+            curve = measure_curve(Chain(place, manifest), self.made.text.test, per_pair, most, self.progress)
+            manifest = manifest.model_copy(update={"curve": curve})
+            plot_chain(manifest, self.output / "size_loss.png")
+        cards.chain_card(manifest, folder=self.output).save(self.output / "README.md")
+        for anchor in anchors:
+            cards.anchor_card(manifest, anchor).save(self.output / "anchors" / anchor.name / "README.md")
+        manifests.write_manifest(manifest, self.output)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value))
+    partial.replace(path)
+
+
+def _is_model_file(name: str) -> bool:
+    return name in ("config.json", "generation_config.json") or name.startswith("model")
+
+
+def build_chain(
+    recipe: str | Path | Mapping[str, Any] | Recipe, output_dir: str | Path, resume: bool = True, progress: bool = True
+) -> Chain:
+    """Builds a chain: source, then every anchor distilled from its larger neighbour.
+
+    Args:
+        recipe: Path of a YAML file, a mapping, or a :class:`cbd_hub.build.recipe.Recipe`.
+        output_dir: Folder of the chain. One that holds an unfinished build of the same recipe is gone on with.
+        resume: False starts over (the folder's earlier build is removed).
+        progress: Show progress bars (HF_HUB_DISABLE_PROGRESS_BARS is obeyed).
+
+    Returns:
+        The finished chain.
+
+    Cost: dominated by distillation; every finished anchor is kept, whatever happens later.
+
+    Raises:
+        RecipeError: The recipe is malformed or cannot be carried out.
+        OutputExistsError: The folder holds something else, or a build of another recipe.
+        SizeError: An anchor's size cannot be had.
+        PublishError: The recipe has ``hub:`` and the finished chain could not be published; it is on disk.
+    """
+    loaded, base = load_recipe(recipe)
+    output = Path(output_dir).expanduser()
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / ".build").is_dir())):
+        raise OutputExistsError(f"{output} exists and holds no build; name a new folder (nothing was changed)")
+    if not resume and output.exists() and PartialState().is_main_process:
+        shutil.rmtree(output)
+    PartialState().wait_for_everyone()
+    build = _Build(loaded, base, output, progress)
+    build.state.mkdir(parents=True, exist_ok=True)
+    anchors: list[Anchor] = []
+    maps: dict[str, IndexMap] = {}
+    basis = "native"
+    for index in range(len(loaded.anchors) + 1):
+        anchor, index_map, basis = build.step(index, anchors[-1] if anchors else None, basis)
+        anchors.append(anchor)
+        if index_map is not None:
+            maps[anchor.name] = index_map
+    if PartialState().is_main_process:
+        build.finish(anchors, maps, basis)
+        shutil.rmtree(build.state / "work", ignore_errors=True)
+        if hub := loaded.hub:
+            chain = Chain.from_pretrained(output)
+            chain.push_to_hub(hub.repo_id, hub.private, license=hub.license, progress=progress)
+    PartialState().wait_for_everyone()
+    return Chain.from_pretrained(output)

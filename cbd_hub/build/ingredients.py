@@ -1,0 +1,227 @@
+"""What a build is made from: the text in three splits, the tokenizer, and the source model.
+
+Everything here is a function of the recipe alone, so that a build that is gone on with finds the same ingredients.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+from datasets import IterableDataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from cbd_hub.build.bridge import BridgeConfig, Founding
+from cbd_hub.build.recipe import Recipe, TrainTokenizer
+from cbd_hub.errors import RecipeError
+from cbd_hub.initialization.fresh import fresh_config, fresh_model
+from cbd_hub.initialization.refit import REFIT_TOKENS
+from cbd_hub.manifest.manifest import Training
+from cbd_hub.text.documents import Documents
+from cbd_hub.text.packing import mix, pack, token_batches, train_tokenizer
+from cbd_hub.text.splits import Splits, load_splits
+from cbd_hub.training.distill import distill
+
+__all__ = ["Ingredients", "Text"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Packed blocks of the three splits."""
+
+    train: Documents
+    validation: Documents
+    test: Documents
+
+
+class Ingredients:
+    """Text, tokenizer and source model of one recipe, each made when it is first needed."""
+
+    def __init__(self, recipe: Recipe, base: Path) -> None:
+        self.recipe = recipe
+        self.base = base
+
+    @cached_property
+    def splits(self) -> list[Splits]:
+        """Documents to train on, to choose by, and to report on, of each source of text.
+
+        Raises:
+            RecipeError: The recipe has no data, or its text cannot be read or split.
+        """
+        data = self.recipe.data
+        if data is None:
+            raise RecipeError("the recipe has no `data`, and something in it needs text")
+        trained = isinstance(self.recipe.tokenizer, TrainTokenizer)  # on these very splits, so not there yet
+        return load_splits(data, self.base, None if trained else self.tokenizer)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Named by the recipe, trained on the training text, or the source model's; None where there is none.
+
+        Raises:
+            RecipeError: It cannot be loaded.
+        """
+        wanted, source = self.recipe.tokenizer, self.recipe.source
+        if wanted is None:  # a bare model can be cut without a tokenizer
+            return _load_tokenizer(self._model_place(), source.revision) if source.model else None
+        if isinstance(wanted, str):
+            if (found := _load_tokenizer(self._local(wanted))) is None:
+                raise RecipeError(f"{wanted!r} holds no tokenizer; name a folder or a repo id with one")
+            return found
+        return train_tokenizer(chain.from_iterable(s.train for s in self.splits), wanted.vocab_size)
+
+    @cached_property
+    def text(self) -> Text | None:
+        """Packed blocks of the splits; None for a recipe without data.
+
+        Raises:
+            RecipeError: There is no tokenizer, or too little text for one block.
+        """
+        data, tokenizer = self.recipe.data, self.tokenizer
+        if data is None:
+            return None
+        if tokenizer is None:
+            raise RecipeError("the recipe has `data` but no `tokenizer`; name one, or train one: {vocab_size: 4096}")
+
+        def blocks(name: str) -> Documents:
+            documents = [getattr(splits, name) for splits in self.splits]
+            packed = [pack(d, tokenizer, data.sequence_length, data.document_boundaries) for d in documents]
+            return mix(packed, data.shares, data.seed, repeat=name == "train")
+
+        return Text(blocks("train"), blocks("validation"), blocks("test"))
+
+    @cached_property
+    def validation(self) -> Documents | None:
+        """The validation blocks that checkpoints are chosen by: all, or as many as ``evaluation.tokens`` allows."""
+        if self.text is None or self.recipe.evaluation.tokens is None or self.recipe.data is None:
+            return None if self.text is None else self.text.validation
+        rows = max(1, self.recipe.evaluation.tokens // (self.recipe.data.sequence_length - 1))
+        blocks = self.text.validation
+        return (
+            blocks.take(rows) if isinstance(blocks, IterableDataset) else blocks.select(range(min(rows, len(blocks))))
+        )
+
+    def calibration(self) -> torch.Tensor | None:
+        """Token ids (N, S) of the validation text, for importance, basis and refit; None without text."""
+        return self._validation_tokens(self.recipe.calibration_tokens)
+
+    def shipped_calibration(self) -> torch.Tensor | None:
+        """Token ids (N, S) that the chain ships for ``refine``: 32,768, or what calibration has if that is more."""
+        return self._validation_tokens(self.recipe.calibration_tokens and max(32_768, self.recipe.calibration_tokens))
+
+    def _validation_tokens(self, most: int) -> torch.Tensor | None:
+        if self.text is None or self.recipe.data is None or not most:
+            return None
+        rows = max(1, most // self.recipe.data.sequence_length)
+        return torch.cat(list(islice(token_batches(self.text.validation, 1), rows)))
+
+    def refit_blocks(self) -> torch.Tensor | None:
+        """Token ids (N, S) of the training text for the refit of a start: never those that checkpoints are chosen by,
+        which a least-squares fit would overfit unseen."""
+        if self.text is None or self.recipe.data is None:
+            return None
+        rows = max(1, REFIT_TOKENS // self.recipe.data.sequence_length)
+        return torch.cat(list(islice(token_batches(self.text.train, 1), rows)))
+
+    def _local(self, place: str) -> str:
+        path = (self.base / Path(place).expanduser()).resolve()
+        return str(path) if path.exists() else place
+
+    def _model_place(self) -> str:
+        return self._local(str(self.recipe.source.model))
+
+    def checkpoint(self, place: str, revision: str | None) -> PreTrainedModel:
+        """Loads a model in float32 from a folder or the Hub.
+
+        Raises:
+            RecipeError: It cannot be loaded, or has no safetensors weights.
+        """
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                self._local(place),
+                revision=revision,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+            ).eval()
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"the model {place!r} cannot be loaded: {error}") from error
+
+    def checkpoint_config(self, place: str, revision: str | None) -> PreTrainedConfig:
+        """Loads a model's config alone.
+
+        Raises:
+            RecipeError: It cannot be loaded.
+        """
+        try:
+            return AutoConfig.from_pretrained(self._local(place), revision=revision, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"the config of {place!r} cannot be loaded: {error}") from error
+
+    def founding(self, bridge: BridgeConfig) -> Founding:
+        """What anchor zero is founded on: the source and its tokenizer, and the chain's tokenizer and text.
+
+        Raises:
+            RecipeError: The source, a tokenizer or the text is missing or cannot be loaded.
+        """
+        source, data, text, tokenizer = self.recipe.source, self.recipe.data, self.text, self.tokenizer
+        if data is None or text is None or tokenizer is None:
+            raise RecipeError("a bridge needs `data` and a tokenizer")
+
+        def documents() -> Iterator[Mapping[str, str]]:
+            return chain.from_iterable(s.train for s in self.splits)
+
+        own = None if source.model is None else _load_tokenizer(self._model_place(), source.revision)
+        return Founding(
+            tokenizer=tokenizer,
+            train=text.train,
+            validation=self.validation,
+            calibration=self.calibration(),
+            documents=documents,
+            source_name=str(source.model or source.served),
+            source=None if source.model is None else self.checkpoint(source.model, source.revision),
+            source_tokenizer=own,
+            source_revision=source.revision,
+            document_boundaries=data.document_boundaries,
+            base=self.base,
+        )
+
+    def source(self, work_dir: Path, progress: bool) -> tuple[PreTrainedModel, Training | None]:
+        """Loads the source model in float32, or trains it from scratch.
+
+        Raises:
+            RecipeError: It cannot be loaded, or its config is none of the architecture's.
+        """
+        source = self.recipe.source
+        if source.model is not None:
+            return self.checkpoint(source.model, source.revision), None
+        train = source.train
+        if train is None or self.tokenizer is None or self.text is None:
+            raise RecipeError("a source trained from scratch needs `source.train`, `tokenizer` and `data`")
+        config = fresh_config(train.architecture, self.tokenizer, train.config, key="source.train.config")
+        model = fresh_model(config, train.training.seed)
+        training = distill(
+            model,
+            None,
+            self.text.train,
+            self.validation,
+            train.training,
+            work_dir=work_dir,
+            progress=progress,
+        )
+        return model.eval(), training
+
+
+def _load_tokenizer(place: str, revision: str | None = None) -> Tokenizer | None:
+    """Loads a tokenizer; None where a model ships none (transformers may then make an empty one up)."""
+    folder = Path(place)
+    if folder.is_dir() and not any("token" in p.name or "vocab" in p.name for p in folder.iterdir()):
+        return None
+    try:
+        found: Tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the tokenizer of {place!r} cannot be loaded: {error}") from error
+    return found if len(found) > len(found.all_special_ids) else None

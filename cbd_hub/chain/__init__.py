@@ -1,0 +1,3 @@
+"""A chain as its user meets it: open, plan, make, refine, measure, compare, export."""
+
+__all__ = []

@@ -1,0 +1,3 @@
+"""The command line: arguments and printing only."""
+
+__all__ = []

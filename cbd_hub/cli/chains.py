@@ -1,0 +1,227 @@
+"""Commands about chains: build, push, inspect, plan, and make a model."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from cbd_hub.cli.options import (
+    Alpha,
+    CacheDir,
+    ChainArgument,
+    Json,
+    LocalOnly,
+    Method,
+    Revision,
+    ShapeOption,
+    Size,
+    Token,
+    Tolerance,
+    app,
+    open_chain,
+    print_json,
+    read_shape,
+)
+
+if TYPE_CHECKING:
+    from cbd_hub.chain.chain import Chain
+
+__all__ = ["build", "from_chain_command", "inspect", "plan", "push"]
+
+
+@app.command()
+def build(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE.yaml")],
+    output: Annotated[Path, typer.Option(help="Folder of the chain.")],
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of going on.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Builds a chain from a recipe, or goes on with a build.
+
+    Example: cbd-hub build examples/recipes/quickstart.yaml --output my-chain
+    """
+    from cbd_hub.build.build import build_chain
+
+    chain = build_chain(recipe, output, resume=not no_resume, progress=not as_json)
+    _show_chain(chain, as_json)
+
+
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(help="The chain: a folder that holds chain.json.", metavar="DIR")],
+    repo_id: Annotated[str, typer.Argument(help="owner/name of the chain's repository.", metavar="REPO_ID")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repositories private.")] = False,
+    no_collection: Annotated[bool, typer.Option("--no-collection", help="Make no Collection of them.")] = False,
+    branch: Annotated[str | None, typer.Option(help="Branch to commit to; made if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the changes as pull requests.")] = False,
+    license: Annotated[str | None, typer.Option(help="Licence on the cards, e.g. apache-2.0.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be uploaded, and stop.")] = False,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Publishes a chain: repositories, and a Collection of them.
+
+    There is one for each anchor and one for the chain. Pushing again uploads only what changed; a push that was
+    interrupted is finished by the next one.
+
+    Example: cbd-hub push my-chain my-name/my-chain --private
+    """
+    from cbd_hub.chain.chain import Chain
+
+    published = Chain.from_pretrained(folder).push_to_hub(
+        repo_id,
+        private or None,
+        token,
+        not no_collection,
+        branch=branch,
+        create_pr=create_pr,
+        license=license,
+        dry_run=dry_run,
+        progress=not as_json,
+    )
+    if as_json:
+        print_json(published.as_dict())
+    else:
+        sys.stdout.write(f"{published}\n")
+
+
+@app.command()
+def inspect(
+    chain: ChainArgument,
+    as_json: Json = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Shows the anchors of a chain: sizes, losses, origin.
+
+    Example: cbd-hub inspect my-chain
+    """
+    _show_chain(open_chain(chain, revision, token, cache_dir, local_files_only), as_json)
+
+
+def _show_chain(chain: "Chain", as_json: bool) -> None:
+    from cbd_hub.axes.sizing import format_count
+
+    manifest = chain.manifest
+    if as_json:
+        print_json(manifest.model_dump(mode="json", exclude={"axis_map"}, exclude_none=True))
+        return
+    console = Console()
+    console.print(
+        f"{manifest.name}: a {manifest.architecture} chain (source: {manifest.source}), licence "
+        f"{manifest.license or 'not stated'}, basis {manifest.basis}",
+        markup=False,
+    )
+    varying = [name for name, value in manifest.anchors[0].shape.items() if manifest.anchors[-1].shape[name] != value]
+    columns = [Column(name, overflow="fold") for name in ("shape (what differs)", "trained on", "held-out loss")]
+    table = Table(Column("anchor", no_wrap=True), "parameters", *columns, "perplexity", "aligned")
+    for anchor in manifest.anchors:
+        told = anchor.evaluation
+        table.add_row(
+            anchor.name,
+            format_count(anchor.num_parameters),
+            "\n".join(f"{name} {anchor.shape[name]}" for name in varying),
+            f"{format_count(anchor.training.tokens)} tokens" if anchor.training else "-",
+            f"{told.loss:.4f}" if told else "-",
+            f"{told.perplexity:.2f}" if told else "-",
+            "yes" if anchor.aligned else "no",
+        )
+    console.print(table)
+    if manifest.anchors[0].evaluation:
+        console.print(f"losses in nats a token, on {manifest.anchors[0].evaluation.num_tokens} held-out tokens")
+    if manifest.curve:
+        points = ", ".join(
+            f"{format_count(p.num_parameters)} {p.loss:.3f}"
+            for p in sorted(manifest.curve, key=lambda p: p.num_parameters)
+        )
+        console.print(f"measured in between (nats a token): {points}", markup=False)
+
+
+@app.command()
+def plan(
+    chain: ChainArgument,
+    num_parameters: Size = None,
+    shape: ShapeOption = None,
+    alpha: Alpha = None,
+    method: Method = "auto",
+    tolerance: Tolerance = 0.01,
+    as_json: Json = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Shows what from-chain would do, without reading a weight.
+
+    Example: cbd-hub plan my-chain --num-parameters 138M
+    """
+    made = open_chain(chain, revision, token, cache_dir, local_files_only).plan(
+        num_parameters,
+        shape=read_shape(shape),
+        alpha="auto" if alpha is None else alpha,
+        method=method,
+        tolerance=tolerance,
+    )
+    if as_json:
+        print_json(made.as_dict())
+    else:
+        sys.stdout.write(f"{made}\n")
+
+
+@app.command("from-chain")
+def from_chain_command(
+    chain: ChainArgument,
+    output: Annotated[Path, typer.Option(help="A new or empty folder for the model.")],
+    num_parameters: Size = None,
+    shape: ShapeOption = None,
+    alpha: Alpha = None,
+    method: Method = "auto",
+    tolerance: Tolerance = 0.01,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Compare other ways to make it on the chain's calibration tokens.")
+    ] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Publish the model there: owner/name.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
+    as_json: Json = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Makes a model of any size from a chain: a ready folder.
+
+    The folder holds weights, config, tokenizer and card.
+
+    Example: cbd-hub from-chain my-chain --num-parameters 138M --output my-model
+    """
+    from cbd_hub.chain.export import write_model
+    from cbd_hub.hub.publish import publish_folder
+
+    opened = open_chain(chain, revision, token, cache_dir, local_files_only)
+    made = opened.plan(
+        num_parameters,
+        shape=read_shape(shape),
+        alpha="auto" if alpha is None else alpha,
+        method=method,
+        tolerance=tolerance,
+    )
+    write_model(opened, made, output, dtype=dtype, progress=not as_json, refine=refine, repo_id=push_to_hub)
+    published = None
+    if push_to_hub:
+        message = f"{made.num_parameters:,} parameters from the chain {chain}"
+        published = publish_folder(output, push_to_hub, message, private=private or None, token=token)
+    if as_json:
+        told = {"published": {"repo_id": published.repo_id, "commit": published.sha}} if published else {}
+        print_json({**made.as_dict(), "output": str(output), **told})
+    else:
+        for note in made.notes:
+            sys.stderr.write(f"note: {note}\n")
+        sys.stdout.write(f"{made.num_parameters:,} parameters, {made.method}, written to {output}\n")
+        if published:
+            sys.stdout.write(f"published as {published.repo_id} at {published.sha}\n")

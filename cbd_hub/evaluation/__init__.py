@@ -1,0 +1,3 @@
+"""Held-out loss, tasks, summaries, and plots."""
+
+__all__ = []

@@ -1,0 +1,243 @@
+"""Held-out loss, perplexity, the size-loss curve and its plot.
+
+The measure of a language model here is its mean next-token cross-entropy on held-out text, in nats per token;
+perplexity is its exponential. The *size-loss curve* of a chain is that loss at its anchors and at the sizes
+between them: a chain interpolates well when the curve lies on or below the straight line between two anchors.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from inspect import signature
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from datasets import Dataset, IterableDataset
+from huggingface_hub.utils.tqdm import tqdm
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cbd_hub.errors import RecipeError
+from cbd_hub.losses.distillation import distillation_loss, hidden_and_head
+from cbd_hub.text.documents import Documents
+from cbd_hub.text.packing import block_batches, token_batches
+
+__all__ = [
+    "COLOURS",
+    "MARKERS",
+    "Evaluation",
+    "bits_per_byte",
+    "evaluate_loss",
+    "human_count",
+    "plot_size_loss",
+    "render_progress",
+]
+
+Item = TypeVar("Item")
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's palette, told apart with every kind of colour blindness; black is kept for the anchors."""
+
+MARKERS = "osv^Px"
+"""Matplotlib's markers, one a colour."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss of one model on one text."""
+
+    loss: float
+    """Mean cross-entropy, in nats per predicted token."""
+    perplexity: float
+    """``exp(loss)``."""
+    num_tokens: int
+    """Predicted tokens that the loss is the mean of."""
+
+    def as_dict(self) -> dict[str, float]:
+        """The fields by name, ready for JSON."""
+        return asdict(self)
+
+
+def evaluate_loss(
+    model: PreTrainedModel,
+    blocks: Dataset | IterableDataset | Tensor,
+    batch_size: int = 8,
+    progress: bool = False,
+    max_tokens: int | None = None,
+) -> Evaluation:
+    """Mean next-token cross-entropy of a causal language model over packed blocks.
+
+    Every token but the first of each block is predicted; of blocks packed with ``boundaries``, every token but the
+    first of each document, from its own document alone. Softmaxes are computed in float32, a few hundred tokens
+    at a time; sums are kept in float64. The model's train or eval mode is left as it was.
+
+    Args:
+        model: any transformers causal language model, evaluated on the device that it is on.
+        blocks: what :func:`cbd_hub.text.packing.pack` returns, or token ids (N, S).
+        batch_size: blocks in a forward pass; changes the speed, not the result.
+        progress: show a progress bar.
+        max_tokens: stop before the block that would exceed this many predicted tokens (the first one always
+            counts), so that a part of a large text, or of a stream, is measured.
+
+    Raises:
+        RecipeError: no block predicts a token (there is none, or each has a single token), or the blocks have document
+            boundaries and the model ignores them.
+
+    N blocks, S sequence length.
+    """
+    total, num_tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for batch in render_progress(block_batches(blocks, batch_size), "Evaluating", enabled=progress):
+                batch = {"labels": batch["input_ids"], **batch}
+                predicted = (batch["labels"][:, 1:] != -100).sum(1).cumsum(0)
+                if not predicted.any():
+                    continue
+                rows = len(predicted)
+                if max_tokens is not None:
+                    rows = max(int((predicted + num_tokens <= max_tokens).sum()), 0 if num_tokens else 1)
+                if rows:
+                    batch = {name: values[:rows].to(model.device) for name, values in batch.items()}
+                    positions = batch.get("position_ids")
+                    if positions is not None and not num_tokens:
+                        _check_boundaries(model)
+                    hidden, head = hidden_and_head(model, batch["input_ids"], position_ids=positions)
+                    terms = distillation_loss(hidden, head, None, None, batch["labels"], num_items=1)
+                    total += terms.ce.item()
+                    num_tokens += terms.num_tokens
+                if rows < len(predicted):
+                    break
+    finally:
+        model.train(was_training)
+    if not num_tokens:
+        raise RecipeError("There is nothing to evaluate on: pass one block of two tokens or more.")
+    loss = total / num_tokens
+    return Evaluation(loss, math.exp(loss) if loss < 700 else math.inf, num_tokens)
+
+
+def bits_per_byte(result: Evaluation, blocks: Documents | Tensor, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Bits that a model needed for a byte of the text: what compares models of different vocabularies.
+
+    The bytes are those of the predicted tokens, special tokens none; where a block begins or ends inside a character,
+    that one counts as three. Cost: decoding the blocks, some microseconds a token.
+
+    Args:
+        result: Of :func:`evaluate_loss` on `blocks`, from the first on.
+        blocks: As there; without ``boundaries``.
+        tokenizer: That of the blocks.
+
+    Raises:
+        RecipeError: The blocks hold no text.
+    """
+    size = left = 0
+    for ids in token_batches(blocks, 1):
+        if left >= result.num_tokens:
+            break
+        left += ids.shape[1] - 1
+        size += len(str(tokenizer.decode(ids[0, 1:], skip_special_tokens=True)).encode())
+    if not size:
+        raise RecipeError("The blocks hold no text, only special tokens.")
+    return result.loss * result.num_tokens / math.log(2) / size
+
+
+def _check_boundaries(model: PreTrainedModel) -> None:
+    """Refuses a model that lets a document see the one before it: transformers' OPT does, and any without positions.
+
+    Two blocks whose second documents are the same, but not their first ones, must agree there.
+    """
+    if "position_ids" in signature(type(model.base_model).forward).parameters:
+        ids = (
+            torch.tensor([[1, 2, 3, 4], [5, 6, 3, 4]], device=model.device) % model.config.get_text_config().vocab_size
+        )
+        positions = torch.tensor([[0, 1, 0, 1]] * 2, device=model.device)
+        one, other = hidden_and_head(model, ids, position_ids=positions)[0].float()
+        apart = (one - other).abs().amax(1)
+        if apart[2:].max() <= 1e-3 * apart[:2].max():  # 0, but for the rounding of a fused kernel
+            return
+    raise RecipeError(
+        f"{type(model).__name__} does not keep the documents of a block apart; set document_boundaries to false."
+    )
+
+
+def render_progress(
+    items: Iterable[Item], description: str, *, total: int | None = None, enabled: bool = True
+) -> Iterable[Item]:
+    """Passes items on, showing a progress bar on standard error.
+
+    The bar is silenced by `enabled`, by ``HF_HUB_DISABLE_PROGRESS_BARS=1`` and by
+    ``huggingface_hub.utils.disable_progress_bars()``.
+
+    Args:
+        items: what to loop over.
+        description: shown before the bar.
+        total: number of items, where it cannot be asked of `items`.
+        enabled: false passes the items on silently.
+    """
+    return tqdm(items, desc=description, total=total, name="cbd_hub") if enabled else items
+
+
+def plot_size_loss(
+    series: dict[str, list[tuple[int, float]]],
+    anchors: Sequence[tuple[str, int, float]],
+    path: str | Path,
+    title: str,
+) -> None:
+    """Draws held-out loss over model size, one line a method, and writes it as a PNG file.
+
+    Sizes that span a factor of four or more are drawn on a logarithmic axis. The same data gives the same bytes.
+
+    Args:
+        series: method -> points (parameters, loss in nats per token).
+        anchors: (name, parameters, loss), drawn as labelled diamonds.
+        path: the PNG file to write; its folder must exist.
+        title: shown above the plot.
+
+    Raises:
+        RecipeError: there is no point to draw.
+    """
+    from matplotlib.figure import Figure  # slow to import, and only plots need it
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    sizes = [size for line in series.values() for size, _ in line] + [size for _, size, _ in anchors]
+    if not sizes:
+        raise RecipeError("There is no point to plot: pass a series or anchors.")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (method, line) in enumerate(series.items()):
+        axes.plot(
+            *zip(*sorted(line), strict=True),
+            label=method,
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            linestyle=("-", "--", ":")[index // len(COLOURS) % 3],
+            linewidth=2,
+            markersize=6,
+        )
+    for index, (name, size, loss) in enumerate(anchors):
+        axes.plot(size, loss, "D", color="black", markersize=9, zorder=5, label=None if index else "anchors")
+        axes.annotate(name, (size, loss), (8, 8), textcoords="offset points", fontweight="bold", zorder=6)
+    if max(sizes) >= 4 * min(sizes):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_count(size)))
+    axes.margins(x=0.12, y=0.12)
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("held-out loss (nats per token)")
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
+
+
+def human_count(size: float) -> str:
+    """A parameter count as people write it: 763k, 138M, 1.2B."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g}{unit}"
+    return f"{size:.0f}"

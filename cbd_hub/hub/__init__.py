@@ -1,0 +1,3 @@
+"""Everything that crosses the network, or comes from it."""
+
+__all__ = []

@@ -1,0 +1,363 @@
+"""Reading from the Hugging Face Hub; :mod:`cbd_hub.hub.write` writes to it. No other module talks to the Hub.
+
+A :class:`Location` is a folder or a repository at a revision; everything else asks it for files by name and gets local
+paths: whole files through the Hub's own cache, byte ranges of a large file through a file beside it
+(:mod:`cbd_hub.hub.partial_files`). Errors of the client become one line that says what to do.
+"""
+
+import errno
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from huggingface_hub import (
+    cached_assets_path,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
+from huggingface_hub.utils.tqdm import tqdm
+
+from cbd_hub.errors import CbdError, ChainNotFoundError, IntegrityError, PublishError
+from cbd_hub.hub.partial_files import PartialFile
+from cbd_hub.interpolation.ranges import Run, count_bytes
+from cbd_hub.manifest.manifest import file_entry
+
+__all__ = ["LIBRARY", "Location", "NoRangesError", "RangedFile", "clear_errors", "has_hash"]
+
+LIBRARY: dict[str, Any] = {"library_name": "cbd_hub", "library_version": version("cbd_hub")}
+"""Told to the Hub, which counts downloads by library."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+class NoRangesError(CbdError, RuntimeError):
+    """The server does not answer byte ranges; the file is then fetched whole."""
+
+
+@contextmanager
+def clear_errors(repo_id: str, what: str, revision: str | None = None, *, writing: bool = False) -> Iterator[None]:
+    """Turns the client's errors into one line each. GatedRepoError is a RepositoryNotFoundError: it comes first.
+
+    Args:
+        repo_id: The repository.
+        what: A file of it, or what is being done to it.
+        revision: Branch, tag or commit.
+        writing: Whether something is being published.
+
+    Raises:
+        ChainNotFoundError: Reading failed.
+        PublishError: Writing failed.
+        OSError: The disk is full; with the client's other OSErrors turned into one of the above.
+    """
+    at = f" at revision {revision!r}" if revision else ""
+    kind = PublishError if writing else ChainNotFoundError
+    try:
+        yield
+    except CbdError:
+        raise
+    except GatedRepoError:
+        raise kind(
+            f"{repo_id} is gated: ask for access on its page at the Hub, then log in (`hf auth login`) or pass token="
+        ) from None
+    except RepositoryNotFoundError:
+        raise kind(
+            f"there is no repository {repo_id!r} that you may {'write to' if writing else 'read'}. Check the "
+            "spelling; a private one needs `hf auth login`, HF_TOKEN or token="
+        ) from None
+    except RevisionNotFoundError:
+        raise kind(f"{repo_id} has no revision {revision!r}; see its branches, tags and commits") from None
+    except LocalEntryNotFoundError:
+        raise kind(
+            f"{what} of {repo_id}{at} is not in the cache and the Hub cannot be asked (offline, not reached, or "
+            "local_files_only=True). Connect once to fetch it"
+        ) from None
+    except EntryNotFoundError:
+        raise kind(f"{repo_id}{at} has no file {what!r}; is it a chain?") from None
+    except HFValidationError as error:
+        raise kind(f"{repo_id!r} is neither a folder nor a repository id: {error}") from None
+    except OfflineModeIsEnabled:
+        raise kind(f"HF_HUB_OFFLINE is set, and {what} of {repo_id}{at} needs the Hub: unset it") from None
+    except LocalTokenNotFoundError:
+        raise kind(f"{repo_id} needs a token: `hf auth login`, HF_TOKEN or token=") from None
+    except HfHubHTTPError as error:
+        raise kind(_refusal(repo_id, what, at, error)) from None
+    except HTTPError as error:
+        why = str(error) or type(error).__name__
+        raise kind(f"the connection to the Hub broke during {what} of {repo_id}{at} ({why}); try again") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise kind(
+                f"the disk is full: {what} of {repo_id}{at} does not fit into the cache. Free some space, or name "
+                "another cache with HF_HOME or cache_dir="
+            ) from None
+        if error.errno is not None:  # the system's own: a folder that cannot be written, say
+            raise
+        raise kind(f"{what} of {repo_id}{at} could not be fetched: {_first_line(error)}") from None
+
+
+def has_hash(content: Path | bytes, name: str) -> bool:
+    """Whether content has the hash that the Hub knows it by: SHA-256 (64 digits) or git's blob hash (40).
+
+    A name that is neither says nothing, and is true of everything. Cost: reads the content once.
+    """
+    if not _HASH.fullmatch(name):
+        return True
+    if len(name) == 64 and isinstance(content, Path):
+        return file_entry(content).sha256 == name
+    data = content if isinstance(content, bytes) else content.read_bytes()  # what git keeps itself is small
+    if len(name) == 64:
+        return hashlib.sha256(data).hexdigest() == name
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == name
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _refusal(repo_id: str, what: str, at: str, error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    said = error.server_message or _first_line(error)
+    if status == 401:
+        return f"the Hub does not accept the token for {repo_id}: `hf auth login`, HF_TOKEN or token= ({said})"
+    if status == 403:
+        return f"your token has no permission for {what} of {repo_id}: it needs write access to it ({said})"
+    if status == 412:
+        return f"{repo_id}{at} was changed by somebody else meanwhile; nothing was overwritten: run this again"
+    if status == 429:
+        return f"the Hub limits the rate of requests ({what} of {repo_id}{at}); wait a little and try again"
+    if status >= 500:
+        return f"the Hub failed ({status}) during {what} of {repo_id}{at}; try again later"
+    return f"the Hub refused {what} of {repo_id}{at}: {said}"
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder, or a repository of the Hub at a revision, from which files are asked by name."""
+
+    place: str
+    """Path of a folder, or ``owner/name``."""
+    revision: str | None = None
+    """Branch, tag or commit; None for the default branch."""
+    subfolder: str = ""
+    token: str | bool | None = None
+    cache_dir: str | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+    pinned_elsewhere: bool = False
+    """Named by a manifest, not by the user: a repository, whatever folder of that name there may be."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this is a folder on disk."""
+        try:
+            return not self.pinned_elsewhere and Path(self.place).expanduser().is_dir()
+        except (OSError, RuntimeError, ValueError):  # a name too long, no such home, a NUL
+            return False
+
+    def _inner(self, name: str) -> str:
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+    def file(self, name: str) -> Path:
+        """Returns the local path of a file, fetching it into the Hub cache where necessary.
+
+        Raises:
+            ChainNotFoundError: No such folder, repository, revision or file, no access, or not cached while offline.
+        """
+        filename = self._inner(name)
+        if self.is_local:
+            path = Path(self.place).expanduser() / filename
+            if not path.is_file():
+                raise ChainNotFoundError(f"there is no {filename} in {self.place}")
+            return path
+        if self.place.startswith((".", "/", "~")) or self.place.count("/") > 1:
+            raise ChainNotFoundError(f"there is no folder {self.place!r}")
+        with clear_errors(self.place, filename, self.revision):
+            return Path(
+                hf_hub_download(
+                    self.place,
+                    filename,
+                    revision=self.revision,
+                    token=self.token,
+                    cache_dir=self.cache_dir,
+                    local_files_only=self.local_files_only,
+                    force_download=self.force_download,
+                    **LIBRARY,
+                )
+            )
+
+    def cached(self, name: str) -> Path | None:
+        """Returns the local path of a file that is there already, whole; None where it would have to be fetched."""
+        if self.is_local:
+            return self.file(name)
+        if self.force_download:
+            return None
+        with clear_errors(self.place, name, self.revision):
+            found = try_to_load_from_cache(self.place, self._inner(name), self.cache_dir, self.revision)
+        return Path(found) if isinstance(found, str) else None
+
+    def ranged(self, name: str, size: int, sha256: str) -> "RangedFile":
+        """Returns a file of a repository, at a pinned commit, of which byte ranges are to be fetched.
+
+        Args:
+            name: The file.
+            size: Its size in bytes, as the manifest says.
+            sha256: Its SHA-256, as the manifest says.
+        """
+        # The one folder of a cache that the client's scan of it passes over.
+        root = None if self.cache_dir is None else str(Path(self.cache_dir).expanduser() / ".locks" / "assets")
+        folder = cached_assets_path("cbd_hub", "--".join(self.place.split("/")), str(self.revision), assets_dir=root)
+        filename = self._inner(name)
+        kept = PartialFile(folder / filename.replace("/", "--"), size)
+        if self.force_download:
+            kept.discard()
+        return RangedFile(self, filename, sha256, kept)
+
+    def forget(self, path: Path | None) -> None:
+        """Drops a fetched copy that turned out to be damaged, so that the next call fetches it again.
+
+        Args:
+            path: The file, as :meth:`file` or :meth:`RangedFile.fetch` gave it; a file of a local folder stays.
+        """
+        if path is None or self.is_local:
+            return
+        if "snapshots" not in path.parts:
+            PartialFile(path, 0).discard()
+            return
+        if path.is_symlink() and has_hash(path, path.readlink().name):
+            return  # it is what the Hub has; somebody's manifest says otherwise
+        while path.is_symlink():  # the snapshot's entry is a link to a blob, that perhaps to a store of several caches
+            target = path.parent / path.readlink()
+            path.unlink()
+            path = target
+        path.unlink(missing_ok=True)
+
+    def verify(self, path: Path) -> None:
+        """Compares a small cached file with the content hash that the Hub's cache keeps it under.
+
+        The manifest vouches for all other files; this is how the manifest itself is vouched for. Files of local
+        folders, and caches without links, are taken as they are.
+
+        Raises:
+            IntegrityError: The content is another; the copy was dropped.
+        """
+        if self.is_local or not path.is_symlink() or has_hash(path, path.readlink().name):
+            return
+        self.forget(path)
+        raise IntegrityError(f"{path.name} of {self.place} was damaged on its way (its hash differs); try again")
+
+    def pinned(self, known: Path) -> "Location":
+        """Returns this location pinned to the commit that ``known``, a file it gave, came from.
+
+        A pinned file that is cached is served without asking the Hub.
+        """
+        if self.is_local:
+            return self
+        commit = known.parent.name if known.parent.parent.name == "snapshots" else self.revision
+        return replace(self, revision=commit)
+
+    def inside(self, subfolder: str | None) -> "Location":
+        """Returns the location of a subfolder."""
+        return replace(self, subfolder=subfolder or "")
+
+    def elsewhere(self, repo_id: str, revision: str | None) -> "Location":
+        """Returns another repository, asked in the same way (token, cache, offline)."""
+        return replace(self, place=repo_id, revision=revision, subfolder="", pinned_elsewhere=True)
+
+
+@dataclass(frozen=True)
+class RangedFile:
+    """A file of which byte ranges are fetched and kept, beside the Hub cache; the Hub is asked about it once."""
+
+    location: Location
+    filename: str
+    sha256: str
+    kept: PartialFile
+
+    def fetch(self, wanted: Iterable[Run], *, progress: bool = True) -> Path:
+        """Returns the path of a file of the right size in which at least ``wanted`` is real; holes read as zeros.
+
+        Args:
+            wanted: Byte ranges. What an earlier call fetched is not fetched again; nothing missing is no request.
+            progress: Show a progress bar (HF_HUB_DISABLE_PROGRESS_BARS is obeyed).
+
+        Cost: one HEAD the first time, then requests of at most 8 MiB, eight at a time, each retried (429, 5xx, a
+            broken connection).
+
+        Raises:
+            ChainNotFoundError: As for :meth:`Location.file`.
+            IntegrityError: The Hub's file is not the one that the manifest names.
+            NoRangesError: The server sends whole files only.
+        """
+        missing = self.kept.missing(wanted)
+        if not missing:
+            return self.kept.path
+        with clear_errors(self.location.place, self.filename, self.location.revision):
+            url, headers = self._address
+            with tqdm(
+                total=count_bytes(missing),
+                desc=f"{self.filename}, the rows needed",
+                unit="B",
+                unit_scale=True,
+                disable=not progress,
+            ) as bar:
+                self.kept.fill(missing, partial(_get_range, url, headers, self.kept.size), bar.update)
+        return self.kept.path
+
+    @cached_property
+    def _address(self) -> tuple[str, dict[str, str]]:
+        """Where the bytes are, and the headers to ask with, once the Hub's file proved to be the manifest's."""
+        place, revision, size = self.location.place, self.location.revision, self.kept.size
+        if self.location.local_files_only or constants.HF_HUB_OFFLINE:
+            raise LocalEntryNotFoundError("not cached")
+        url = hf_hub_url(place, self.filename, revision=revision)
+        told = get_hf_file_metadata(url, token=self.location.token, retry_on_errors=True, **LIBRARY)
+        other = told.etag is not None and _SHA256.fullmatch(told.etag) and told.etag != self.sha256
+        if other or told.size != size:
+            raise IntegrityError(
+                f"{self.filename} of {place} at revision {revision!r} is not the file that the manifest names: it has "
+                f"{told.size} bytes and ETag {told.etag}, not {size} bytes and SHA-256 {self.sha256}"
+            )
+        headers = build_hf_headers(token=self.location.token, **LIBRARY)
+        if urlsplit(told.location).netloc != urlsplit(url).netloc:  # a signed address: the token stays here
+            headers.pop("authorization", None)
+        return told.location, headers
+
+
+def _get_range(url: str, headers: dict[str, str], size: int, start: int, stop: int) -> bytes:
+    """Returns the bytes start..stop of a file of ``size`` bytes; what comes is compared with what was asked for."""
+    asked = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    response = http_backoff("GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    hf_raise_for_status(response)
+    data = response.content
+    if response.status_code == 200 and stop - start < size:
+        raise NoRangesError(f"{urlsplit(url).netloc} does not answer byte ranges")
+    told = response.headers.get("Content-Range", "")
+    if response.status_code == 206 and told != f"bytes {start}-{stop - 1}/{size}":
+        raise IntegrityError(f"asked for bytes {start}-{stop - 1} of {size} of {url}, got {told!r}")
+    if len(data) != stop - start:
+        raise IntegrityError(f"asked for {stop - start} bytes of {url}, got {len(data)}")
+    return data

@@ -1,0 +1,220 @@
+"""Where the files of a chain are: the place of each anchor, files checked against the manifest, and opened weights.
+
+Weights come from a whole file where one is at hand or nearly all of it is needed, and otherwise from the byte ranges
+that a plan needs. Either way the headers are checked before a weight is read.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils.tqdm import tqdm
+from pydantic import TypeAdapter, ValidationError
+
+from cbd_hub.axes.axis_map import AxisMap
+from cbd_hub.errors import ChainNotFoundError, IntegrityError
+from cbd_hub.hub.read import Location, NoRangesError
+from cbd_hub.interpolation.checkpoints import Checkpoint, Digest, read_header
+from cbd_hub.interpolation.materialize import Read, parse_dtype, whole_folder
+from cbd_hub.interpolation.plan import nearly_all
+from cbd_hub.interpolation.ranges import Run, count_bytes
+from cbd_hub.manifest import manifest as manifests
+from cbd_hub.manifest.json_files import read_json
+from cbd_hub.manifest.manifest import Anchor, FileEntry, Manifest
+
+__all__ = [
+    "anchor_place",
+    "checked_file",
+    "copy_chain",
+    "dropping_damage",
+    "open_checkpoint",
+    "reader",
+    "weight_files",
+]
+
+_MOST_CHECKSUMS = 1 << 26
+_HEADER = 1 << 17
+"""Bytes that are fetched first: nearly every header fits."""
+
+NeededRuns = Mapping[str, Sequence[Run]]
+"""Parameter name → runs within the tensor that are needed."""
+
+
+def anchor_place(chain: Location, anchor: Anchor) -> Location:
+    """Returns where an anchor's files are: a repository of its own, or a folder of the chain's."""
+    if anchor.repo_id:
+        return chain.elsewhere(anchor.repo_id, anchor.revision).inside(anchor.subfolder)
+    return chain.inside(anchor.subfolder)
+
+
+@contextmanager
+def dropping_damage(place: Location) -> Iterator[None]:
+    """Drops a fetched file that turned out to be damaged, so that the next call fetches it again."""
+    try:
+        yield
+    except IntegrityError as error:
+        place.forget(error.path)
+        raise
+
+
+def checked_file(place: Location, name: str, entry: FileEntry) -> Path:
+    """Returns the local path of a file whose size and SHA-256 are what the manifest says.
+
+    Raises:
+        ChainNotFoundError: It cannot be had.
+        IntegrityError: It differs.
+    """
+    try:
+        path = place.file(name)
+    except ChainNotFoundError as error:
+        if place.is_local:
+            raise IntegrityError(f"{error}, which the manifest names") from None
+        raise
+    with dropping_damage(place):
+        manifests.check_file(path, entry)
+    return path
+
+
+def copy_chain(manifest: Manifest, chain: Location, folder: Path) -> None:
+    """Copies a chain, anchors included, into an empty folder; its manifest then names that folder's own files.
+
+    Raises:
+        OutputExistsError: The folder is not empty.
+        IntegrityError: A file is not what the manifest says; nothing is left behind then.
+    """
+    wanted = [(chain, "", name, entry) for name, entry in manifest.top_files.items()]
+    anchors = []
+    for anchor in manifest.anchors:
+        inner = f"anchors/{anchor.name}"
+        wanted += [(anchor_place(chain, anchor), inner, name, entry) for name, entry in anchor.files.items()]
+        anchors.append(anchor.model_copy(update={"repo_id": None, "revision": None, "subfolder": inner}))
+    with whole_folder(folder) as temporary:
+        for place, inner, name, entry in tqdm(wanted, desc="copying", unit="file"):
+            destination = temporary / inner / name
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checked_file(place, name, entry), destination)
+        manifests.write_manifest(manifest.model_copy(update={"anchors": anchors}), temporary)
+
+
+def read_checksums(manifest: Manifest, chain: Location) -> dict[str, dict[str, Digest]]:
+    """Returns anchor → checkpoint key → digest of the tensor; nothing where the chain ships none.
+
+    Raises:
+        IntegrityError: The file is not what the manifest says, or malformed.
+    """
+    if manifest.checksums is None:
+        return {}
+    path = checked_file(chain, manifests.CHECKSUMS_NAME, manifest.checksums)
+    try:
+        return TypeAdapter(dict[str, dict[str, Digest]]).validate_python(read_json(path, _MOST_CHECKSUMS))
+    except ValidationError as error:
+        raise IntegrityError(f"{path} is malformed: {error.errors()[0]['msg']}") from None
+
+
+def weight_files(anchor: Anchor) -> list[str]:
+    """Returns the names of an anchor's safetensors files.
+
+    Raises:
+        IntegrityError: It has none.
+    """
+    names = [name for name in anchor.files if name.endswith(".safetensors")]
+    if not names:
+        raise IntegrityError(f"anchor {anchor.name!r} has no safetensors file; no other weights are read")
+    return names
+
+
+def open_checkpoint(
+    place: Location,
+    anchor: Anchor,
+    axis_map: AxisMap,
+    checksums: Mapping[str, Digest] | None,
+    needed: NeededRuns | None = None,
+    progress: bool = True,
+) -> Checkpoint:
+    """Opens an anchor's weights and checks their headers against the manifest; reads no weight.
+
+    Args:
+        place: From :func:`anchor_place`.
+        anchor: Its entry in the manifest.
+        axis_map: The resolved map of the family.
+        checksums: Digest of every tensor; None checks whole files against their SHA-256 instead.
+        needed: What will be read; None is everything. Fetched in ranges where the files are not cached and this is
+            less than :data:`cbd_hub.interpolation.plan.WHOLE_ABOVE` of them.
+        progress: Show a progress bar while ranges are fetched.
+
+    Raises:
+        IntegrityError: Damaged files, or other tensors than the manifest says.
+        ChainNotFoundError: A file that cannot be fetched.
+    """
+    names = weight_files(anchor)
+    some = needed is not None and not nearly_all(anchor, needed)
+    paths: list[Path] = []
+    partly: dict[str, Sequence[Run]] = {}
+    try:
+        for name in names:
+            entry = anchor.files[name]
+            path = place.cached(name)
+            if path is None and some and checksums is not None and needed is not None:
+                with dropping_damage(place):
+                    path, held = _fetch_needed(place, name, entry, axis_map, needed, progress)
+                partly |= held
+            path = path or place.file(name)
+            if path.stat().st_size != entry.size:
+                raise IntegrityError(
+                    f"{name} has {path.stat().st_size} bytes; the manifest says {entry.size}: the file is damaged or "
+                    "incomplete, fetch it again",
+                    path,
+                )
+            paths.append(path)
+        checkpoint = Checkpoint(paths, axis_map, checksums, partly)
+        checkpoint.check(axis_map.sizes(anchor.shape), parse_dtype(anchor.dtype))
+        if checksums is None:  # no digest a tensor: then of the whole files, whose headers were found right first
+            for name, path in zip(names, paths, strict=True):
+                manifests.check_file(path, anchor.files[name])
+    except IntegrityError as error:
+        place.forget(error.path)
+        raise IntegrityError(f"anchor {anchor.name!r}: {error}", error.path) from None
+    except ChainNotFoundError as error:
+        if place.is_local:
+            raise IntegrityError(f"anchor {anchor.name!r}: {error}") from None
+        raise
+    return checkpoint
+
+
+def reader(place: Location, checkpoint: Checkpoint) -> Read:
+    """Returns the function that reads a parameter, and drops the fetched file if it turns out to be damaged."""
+
+    def read(name: str) -> torch.Tensor:
+        with dropping_damage(place):
+            return checkpoint.read(name)
+
+    return read
+
+
+def _fetch_needed(
+    place: Location, name: str, entry: FileEntry, axis_map: AxisMap, needed: NeededRuns, progress: bool
+) -> tuple[Path | None, dict[str, Sequence[Run]]]:
+    """Fetches a file's header, then what is needed of its tensors; returns also the runs of those that are not whole.
+
+    None where the server sends whole files only.
+    """
+    try:
+        file, first = place.ranged(name, entry.size, entry.sha256), min(_HEADER, entry.size)
+        path = file.fetch([(0, first)], progress=False)
+        with path.open("rb") as start:
+            length = 8 + int.from_bytes(start.read(8), "little")
+        if first < length <= entry.size:
+            file.fetch([(0, length)], progress=False)
+        runs: list[Run] = []
+        partly: dict[str, Sequence[Run]] = {}
+        for key, info in read_header(path).items():
+            parameter = axis_map.parameter_name(key)
+            wanted = needed.get(parameter or "", ())
+            runs += [(info.start + a, min(info.start + b, info.stop)) for a, b in wanted]
+            if parameter is not None and count_bytes(wanted) < info.num_bytes:
+                partly[parameter] = wanted
+        return file.fetch(runs, progress=progress), partly
+    except NoRangesError:
+        return None, {}

@@ -1,0 +1,3 @@
+"""From two anchors and a size to tensors."""
+
+__all__ = []

@@ -1,0 +1,190 @@
+"""Carrying out a plan: from operations to tensors, from tensors to a transformers model.
+
+:func:`make_tensor` knows neither files nor the Hub: it is given functions that read a tensor by name, and so serves
+assembly (anchors on disk) and building (a student cut out of a teacher in memory) alike.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from cbd_hub.axes.axis_map import AxisMap
+from cbd_hub.axes.sizing import Sizes
+from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
+from cbd_hub.interpolation.checkpoints import DTYPES
+from cbd_hub.interpolation.operations import TensorOp, taken_units
+from cbd_hub.interpolation.plan import Plan, plan_subset
+from cbd_hub.interpolation.tensors import combine, expand, rescale
+from cbd_hub.manifest.index_maps import IndexMap
+
+__all__ = ["Read", "build_model", "cut", "make_tensor", "parse_dtype", "target_config", "whole_folder"]
+
+Read = Callable[[str], torch.Tensor]
+"""Reads one parameter of an anchor by its transformers name; the tensor is neither changed nor kept."""
+
+
+def make_tensor(
+    op: TensorOp,
+    axis_map: AxisMap,
+    index_map: IndexMap | None,
+    large: tuple[Sizes, Read],
+    small: tuple[Sizes, Read],
+    target: Sizes,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Carries out one operation of a plan.
+
+    Args:
+        op: The operation.
+        axis_map: The resolved map of the family.
+        index_map: Correspondence of the two anchors; None where the tensor is copied as it is.
+        large: Sizes of the large anchor and a function that reads one of its tensors.
+        small: The same of the small anchor.
+        target: Sizes of the target.
+        dtype: What the result is cast to, once.
+
+    Returns:
+        A contiguous tensor of shape ``op.shape`` in fresh memory; what was read is not kept.
+    """
+    layout = axis_map.layout(op.pattern)
+    offset = 1.0 if axis_map.norm == "rms+1" and op.pattern in axis_map.norms else 0.0
+    addition = rescale(small[1](op.small), op.small_scale, offset) if op.small else None
+    out = torch.empty(op.shape, dtype=dtype)
+    if not op.large:
+        return out.zero_() if addition is None else out.copy_(expand(addition, layout, small[0], target, op.mean_axis))
+    taken = taken_units(op, axis_map, index_map, large[0], target)
+    base, factors, placed = large[1](op.large), [(op.large_scale, offset)], small[0]
+    if addition is None:  # the paper's rule takes a block without a partner for one whose partner is zero
+        factors.append((op.own_weight, offset) if op.masked else (1 - op.alpha, 0.0))
+    elif not op.masked:
+        addition, placed = expand(addition, layout, placed, target), target
+    return combine(out, base, layout, large[0], taken, target, factors, addition, placed, op.alpha, op.own_weight)
+
+
+def target_config(config: PreTrainedConfig, axis_map: AxisMap, plan: Plan) -> PreTrainedConfig:
+    """Returns the config of the target: the large anchor's, with the plan's sizes and per-layer lists cut along.
+
+    Raises:
+        SizeError: transformers refuses the sizes.
+    """
+    values = config.to_dict()
+    values.update(plan.shape)
+    if plan.index_map is not None:
+        layers = sorted(int(i) for i in plan.index_map.layers[: plan.sizes["layers"]])
+        for name in axis_map.layer_lists:
+            if values.get(name):
+                values[name] = [values[name][i] for i in layers]
+    if "head_dim" in axis_map.fields:
+        values["head_dim"] = plan.sizes["head_dim"]
+    for name in ("cbd_hub", "auto_map"):  # its own origin is written later; code of a repository is never passed on
+        values.pop(name, None)
+    try:
+        return type(config).from_dict(values)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise SizeError(f"transformers refuses the shape {dict(plan.shape)}: {error}") from error
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keeps transformers' own bar away for a moment."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """Makes a transformers model around tensors (which it then shares, without a copy), in eval mode.
+
+    Raises:
+        AxisMapError: No causal language model class for this config, or a parameter that was not loaded.
+    """
+    try:
+        model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
+    except KeyError:
+        raise AxisMapError(f"transformers has no causal language model for {type(config).__name__}") from None
+    with _no_progress_bar():  # nothing is loaded here: the tensors are there
+        loaded: Any = model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    model, info = loaded
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if problems := {k: sorted(set(v) - tied) for k, v in info.items() if k.endswith("_keys") and set(v) - tied}:
+        raise AxisMapError(f"the axis map does not cover {model_class.__name__}: {problems}")
+    model.config.dtype = dtype
+    model._weight_conversions = None  # saved under the keys of published checkpoints (GPT-NeoX's embed_out)
+    model.eval()
+    return model
+
+
+def cut(model: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, index_map: IndexMap) -> PreTrainedModel:
+    """Returns a student that is a subset of a model: the units that an index map puts first.
+
+    Args:
+        model: The larger neighbour; not changed, and no tensor is shared with it.
+        axis_map: Its resolved map.
+        large: Its sizes.
+        small: Sizes of the student.
+        index_map: Which units are kept.
+
+    Raises:
+        AxisMapError: The sizes break a rule of the family.
+    """
+    plan = plan_subset(axis_map, large, small, index_map)
+    state = model.state_dict()
+
+    def read(name: str) -> torch.Tensor:
+        return state[name].detach().cpu()
+
+    tensors = {
+        op.name: make_tensor(op, axis_map, index_map, (large, read), (small, read), small, model.dtype)
+        for op in plan.operations
+    }
+    return build_model(target_config(model.config, axis_map, plan), tensors, model.dtype)
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """Gives a temporary folder to write into, which becomes ``folder`` at the end, or vanishes on an error.
+
+    A killed process leaves a hidden folder beside ``folder``, never half of ``folder`` itself.
+
+    Raises:
+        OutputExistsError: ``folder`` holds something, or is a file; nothing was changed then.
+    """
+    target = Path(folder).expanduser().resolve()  # "." has a name of its own
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputExistsError(f"{folder} is not empty; name a new folder, or empty it first (nothing was changed)")
+    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Returns the torch dtype of a name such as ``"bfloat16"``.
+
+    Raises:
+        SizeError: Not a floating-point dtype that weights are published in.
+    """
+    allowed = {str(value).removeprefix("torch."): value for value in DTYPES.values()}
+    found = dtype if isinstance(dtype, torch.dtype) else allowed.get(str(dtype))
+    if found is None or found not in allowed.values():
+        raise SizeError(f"dtype is {dtype!r}; allowed: 'auto', {', '.join(allowed)}")
+    return found

@@ -1,0 +1,180 @@
+"""From two anchors and a target shape to one operation a tensor.
+
+Here it is decided which block and which units of either anchor a target tensor is made from, with which weights, and
+how norm gains and embeddings are rescaled so that a model of another width computes the same. No tensor is touched.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+from cbd_hub.axes.axis_map import AxisMap
+from cbd_hub.axes.sizing import Sizes
+from cbd_hub.manifest.index_maps import IndexMap
+
+__all__ = ["TensorOp", "list_operations", "taken_units"]
+
+
+@dataclass(frozen=True)
+class TensorOp:
+    """How one tensor of the target is made."""
+
+    name: str
+    pattern: str
+    shape: tuple[int, ...]
+    large: str | None
+    """Parameter of the large anchor to take a subset of, or None."""
+    small: str | None
+    """Parameter of the small anchor to place, or None. Neither: zeros."""
+    layer: int | None = None
+    """Layer of the large anchor whose unit orders apply."""
+    alpha: float = 0.0
+    """Weight of the small anchor where both contribute."""
+    masked: bool = True
+    """Whether units that only the large anchor has keep full weight (False: the paper's zero filling)."""
+    own_weight: float = 1.0
+    """Weight with which units that only the large anchor has write into the residual stream."""
+    large_scale: float = 1.0
+    small_scale: float = 1.0
+    mean_axis: str | None = None
+    """Axis on which new units of an expanded tensor get the mean instead of zero."""
+
+    @property
+    def kind(self) -> str:
+        """What is done, in a word or two."""
+        if self.large and not self.small:
+            weight = self.own_weight if self.masked else 1 - self.alpha
+            return "large" if weight == 1 else f"{weight:.3g} large"
+        if self.large and self.small:
+            return f"{self.alpha:.3g} small + {1 - self.alpha:.3g} large"
+        return "large" if self.large else "small" if self.small else "zeros"
+
+
+def list_operations(
+    axis_map: AxisMap,
+    small: Sizes,
+    large: Sizes,
+    target: Sizes,
+    index_map: IndexMap,
+    method: str,
+    alpha: float,
+    own_weight: float = 1.0,
+) -> tuple[TensorOp, ...]:
+    """Returns one operation a tensor. Which blocks correspond follows from the pair's order of layers.
+
+    Args:
+        axis_map: The resolved map of the family.
+        small: Sizes of the small anchor.
+        large: Sizes of the large anchor.
+        target: Sizes of the target.
+        index_map: Correspondence of the two anchors.
+        method: ``interpolate``, ``paper``, ``expand`` or ``prune``.
+        alpha: Weight of the small anchor.
+        own_weight: Weight with which units that only the large anchor has write the residual stream. With
+            1 - alpha**2, alpha = 1 is the small anchor expanded exactly and alpha = 0 the large one alone.
+    """
+    large_layers = index_map.layers_of(target["layers"])
+    partner = {int(i): j for j, i in enumerate(index_map.layers[: small["layers"]])}
+    operations = []
+    for name, pattern, layer in axis_map.names(target):
+        layout = axis_map.layout(pattern)
+        large_layer = None if layer is None else large_layers[layer]
+        small_layer = None if large_layer is None else partner.get(large_layer)
+        from_large: str | None = pattern.replace("*", str(large_layer))
+        has_partner = layer is None or small_layer is not None
+        from_small: str | None = pattern.replace("*", str(small_layer)) if has_partner else None
+        weight = alpha
+        if method == "prune" or (alpha == 0 and method != "expand"):
+            from_small, weight = None, 0.0
+        elif method == "expand":
+            from_large = None
+            if not has_partner:
+                from_small = None if axis_map.writes(pattern) else pattern.replace("*", _before(partner, large_layer))
+        elif alpha == 1 and from_small and (method == "paper" or layout.shape(small) == layout.shape(target)):
+            from_large = None
+        plain = method == "paper"
+        operations.append(
+            TensorOp(
+                name,
+                pattern,
+                layout.shape(target),
+                from_large,
+                from_small,
+                layer=large_layer,
+                alpha=weight,
+                masked=not plain,
+                own_weight=_own_weight(axis_map, pattern, has_partner, own_weight),
+                large_scale=1.0 if plain else _large_scale(axis_map, pattern, large_layer, large, target, index_map),
+                small_scale=1.0 if plain else _small_scale(axis_map, pattern, small, target),
+                mean_axis="hidden" if method == "expand" and _mean_filled(axis_map, pattern) else None,
+            )
+        )
+    return tuple(operations)
+
+
+def taken_units(
+    op: TensorOp, axis_map: AxisMap, index_map: IndexMap | None, large: Sizes, target: Sizes
+) -> dict[str, np.ndarray]:
+    """Returns which units of the large anchor's tensor an operation takes: axis → units in order; others whole."""
+    if index_map is None:
+        return {}
+    return {
+        axis: index_map.order(axis, op.layer, large[axis])[: target[axis]]
+        for axis in axis_map.layout(op.pattern).axes
+        if axis in index_map.orders or target[axis] != large[axis]
+    }
+
+
+def _own_weight(axis_map: AxisMap, pattern: str, has_partner: bool, own_weight: float) -> float:
+    """The weight, for what writes the stream; 1 for everything else.
+
+    Where a norm follows a block's output (OLMo 2, Gemma 3), it undoes any factor on the whole block, so its gain takes
+    the factor instead.
+    """
+    after = pattern in axis_map.norms and "hidden" in axis_map.layout(pattern).axes and not axis_map.norms[pattern]
+    if "*" in pattern and (axis_map.writes(pattern) or (after and not has_partner)):
+        return own_weight
+    return 1.0
+
+
+def _before(partner: Mapping[int, int], large_layer: int | None) -> str:
+    """The small layer that a layer without a partner is copied from: the one before it, else the first."""
+    return str(max((j for i, j in partner.items() if i < (large_layer or 0)), default=0))
+
+
+def _mean_filled(axis_map: AxisMap, pattern: str) -> bool:
+    return pattern in axis_map.norms or (axis_map.norm == "layer" and axis_map.writes(pattern))
+
+
+def _stream_scale(axis_map: AxisMap, pattern: str, old: Sizes, new: Sizes) -> float:
+    """What undoes the change of sqrt(hidden) that some families multiply their embedding with (Gemma)."""
+    factor = sqrt(old["hidden"] / new["hidden"])
+    if pattern in axis_map.scaled:
+        return factor
+    if pattern in axis_map.norms and any(reader in axis_map.scaled for reader in axis_map.readers(pattern)):
+        return 1 / factor  # a tied head reads the rescaled embedding
+    return 1.0
+
+
+def _small_scale(axis_map: AxisMap, pattern: str, small: Sizes, target: Sizes) -> float:
+    """Zero padding n units to m shrinks their root mean square by sqrt(n / m); the gain takes that up, exactly."""
+    scale = _stream_scale(axis_map, pattern, small, target)
+    if pattern in axis_map.norms:
+        layout = axis_map.layout(pattern)
+        scale *= sqrt(layout.count(small) / layout.count(target))
+    return scale
+
+
+def _large_scale(
+    axis_map: AxisMap, pattern: str, layer: int | None, large: Sizes, target: Sizes, index_map: IndexMap
+) -> float:
+    """Keeping some hidden units changes their root mean square; the gain takes up the ratio that was measured."""
+    scale = _stream_scale(axis_map, pattern, large, target)
+    energy = index_map.energy.get(pattern)
+    if energy is not None and large["hidden"] != target["hidden"]:
+        kept = index_map.order("hidden", None, large["hidden"])[: target["hidden"]]
+        row = energy if energy.ndim == 1 else energy[layer]
+        scale *= float(np.sqrt(row[kept].mean(dtype=np.float64)))
+    return scale

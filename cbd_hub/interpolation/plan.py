@@ -1,0 +1,354 @@
+"""The plan: everything that will be done to make one model, decided before a single weight is read.
+
+A plan is a frozen list of operations, one a tensor, and the numbers a person wants to know first: exact parameter
+count, alpha, bytes to read, expected loss. Printing it is the dry run; :mod:`cbd_hub.chain.chain` carries it out.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cbd_hub.axes.axis_map import AxisMap
+from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, parse_count, solve
+from cbd_hub.errors import AxisMapError, SizeError, did_you_mean
+from cbd_hub.interpolation.operations import TensorOp, list_operations
+from cbd_hub.interpolation.ranges import Run, count_bytes, needed_runs
+from cbd_hub.manifest.index_maps import IndexMap
+from cbd_hub.manifest.manifest import Anchor, Manifest
+
+__all__ = ["METHODS", "WHOLE_ABOVE", "Plan", "make_plan", "nearly_all", "needed_by", "plan_subset"]
+
+METHODS = ("auto", "interpolate", "paper", "expand", "prune")
+"""What ``method=`` accepts."""
+
+EXPAND_BELOW = 0.45
+"""Where the width differs, the zero-padded small anchor beats interpolation below this position (measured)."""
+
+WHOLE_ABOVE = 0.9
+"""Share of an anchor above which its files are fetched whole, into the ordinary cache."""
+
+FAR = 0.25
+"""Share of a pair's span: where no measured size is nearer, a plan says that its expected loss is a guess."""
+
+_SNAP = 0.001
+_ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model to be made: its shape, how, and what that costs."""
+
+    shape: Mapping[str, int]
+    """Sizes in the architecture's own config fields."""
+    num_parameters: int
+    """Exact; tied weights counted once."""
+    alpha: float
+    """Weight of the small anchor."""
+    method: str
+    """``anchor`` where the target is an anchor itself."""
+    small: str
+    large: str
+    """Names of the two anchors; the same where the target is an anchor itself."""
+    position: float
+    """r: 0 at the small anchor, 1 at the large one, linear in parameters."""
+    operations: tuple[TensorOp, ...] = field(repr=False)
+    bytes_to_read: int
+    """Bytes of tensors that are read from disk: whole tensors, each once."""
+    bytes_to_fetch: int
+    """Bytes of weights that a pull transfers where nothing is cached: only the rows that are needed, or whole files
+    where that is nearly everything (:data:`WHOLE_ABOVE`). Headers (kilobytes) come on top."""
+    expected_loss: float | None
+    """Held-out nats a token, from the chain's measured curve; None when it was not measured."""
+    notes: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict, repr=False)
+    """Sizes by axis."""
+    index_map: IndexMap | None = field(default=None, repr=False)
+    own_weight: float = 1.0
+    """Weight with which units that only the large anchor has write into the residual stream."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values; operations as name, shape and kind."""
+        return {
+            "num_parameters": self.num_parameters,
+            "shape": dict(self.shape),
+            "method": self.method,
+            "alpha": self.alpha,
+            "position": self.position,
+            "small": self.small,
+            "large": self.large,
+            "bytes_to_read": self.bytes_to_read,
+            "bytes_to_fetch": self.bytes_to_fetch,
+            "expected_loss": self.expected_loss,
+            "notes": list(self.notes),
+            "operations": [{"name": op.name, "shape": list(op.shape), "kind": op.kind} for op in self.operations],
+        }
+
+    def __str__(self) -> str:
+        """A table for a person; layers of one pattern share a line."""
+        source = f"anchor {self.large!r} as it is"
+        if self.method != "anchor":
+            source = f"{self.method} between {self.small!r} and {self.large!r}, at position {self.position:.3f}"
+        expected = "not measured" if self.expected_loss is None else f"{self.expected_loss:.3f} nats a token expected"
+        lines = [
+            f"model      {format_count(self.num_parameters)} parameters ({self.num_parameters:,})",
+            "shape      " + ", ".join(f"{name} {value}" for name, value in self.shape.items()),
+            f"made by    {source}",
+            f"alpha      {self.alpha:.3f} (weight of the small anchor)",
+            f"to read    {self.bytes_to_read / 1e6:,.1f} MB of weights "
+            f"({self.bytes_to_fetch / 1e6:,.1f} MB to fetch where nothing is cached)",
+            f"loss       {expected}",
+            *(f"note       {note}" for note in self.notes),
+            "",
+        ]
+        shapes: dict[str, str] = {}
+        kinds: dict[str, Counter[str]] = {}
+        for op in self.operations:
+            shapes[op.pattern] = " x ".join(map(str, op.shape))
+            kinds.setdefault(op.pattern, Counter())[op.kind] += 1
+        width, wide = max(map(len, shapes)), max(map(len, shapes.values()))
+        lines.append(f"{'tensor':<{width}}  {'shape':<{wide}}  made from (tensors)")
+        for pattern, shape in shapes.items():
+            made = ", ".join(f"{kind} ({count})" for kind, count in kinds[pattern].items())
+            lines.append(f"{pattern:<{width}}  {shape:<{wide}}  {made}")
+        return "\n".join(lines)
+
+
+def make_plan(
+    manifest: Manifest,
+    index_maps: Mapping[str, IndexMap],
+    num_parameters: int | str | None = None,
+    shape: Mapping[str, int] | None = None,
+    alpha: float | str = "auto",
+    method: str = "auto",
+    tolerance: float = 0.01,
+) -> Plan:
+    """Decides how a model is made: the shape, the adjacent pair of anchors, and one operation a tensor.
+
+    Args:
+        manifest: The chain's manifest.
+        index_maps: Correspondence of each pair, by the smaller anchor's name.
+        num_parameters: Parameter count, as an int or a string such as ``"138M"``.
+        shape: Or the shape, in the architecture's config fields; fields left out are those that both anchors share.
+        alpha: Weight of the small anchor, 0..1; ``"auto"`` is 1 - r (docs/design-notes.md has the measurements).
+        method: One of :data:`METHODS`.
+        tolerance: Largest relative error of the parameter count.
+
+    Cost: milliseconds; integers only.
+
+    Raises:
+        SizeError: Neither or both of the two given, a count that cannot be parsed, a target outside the chain's
+            range, or an unusable ``alpha``, ``method`` or ``tolerance``.
+    """
+    if (num_parameters is None) == (shape is None):
+        raise SizeError("give exactly one of num_parameters and shape")
+    if method not in METHODS:
+        raise SizeError(f"method is {method!r}; allowed: {', '.join(METHODS)}.{did_you_mean(str(method), METHODS)}")
+    numeric = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if alpha != "auto" and not (numeric and 0 <= alpha <= 1):  # type: ignore[operator]
+        raise SizeError(f"alpha is {alpha!r}; allowed: a number from 0 (large anchor) to 1 (small anchor), or 'auto'")
+    if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
+        raise SizeError(f"tolerance is {tolerance!r}; allowed: 0 up to 1, e.g. 0.01 for one per cent")
+    axis_map = manifest.resolved_axis_map
+    if shape is not None:
+        small, large, sizes = _pair_for_shape(manifest, axis_map, shape)
+    else:
+        small, large, sizes = _pair_for_count(manifest, axis_map, parse_count(num_parameters or 0), tolerance)
+    count = count_parameters(axis_map, sizes)
+    span = large.num_parameters - small.num_parameters
+    position = (count - small.num_parameters) / span if span else 0.0
+    weight, notes = float(alpha) if alpha != "auto" else 1 - position, []
+    chosen = method
+    own = next((a for a in (small, large) if manifest.sizes(a) == sizes), None)
+    if method == "auto":
+        width_differs = (
+            small.shape != large.shape and manifest.sizes(small)["hidden"] != manifest.sizes(large)["hidden"]
+        )
+        chosen = "expand" if width_differs and position < EXPAND_BELOW and alpha == "auto" else "interpolate"
+        if small is not large and not small.aligned:
+            chosen = "expand" if position < 0.5 else "prune"
+            notes.append(
+                f"anchors {small.name!r} and {large.name!r} are not aligned: their weights cannot be averaged, "
+                f"so only the nearer one is used ({chosen})"
+            )
+    weight = {"expand": 1.0, "prune": 0.0}.get(chosen, weight)
+    if own is not None and (small is large or weight == (1.0 if own is small else 0.0)):
+        small = large = own
+        chosen, weight, index_map, own_weight = "anchor", 1.0, None, 1.0
+        operations = tuple(
+            TensorOp(n, p, axis_map.layout(p).shape(sizes), n, None) for n, p, _ in axis_map.names(sizes)
+        )
+    else:
+        index_map = index_maps[small.name]
+        # A trained anchor makes up for the units it lacks; at full weight their work would be done twice.
+        made_up_for = chosen == "interpolate" and (small.training is None or small.training.tokens > 0)
+        own_weight = 1 - weight**2 if made_up_for else 1.0
+        pair = manifest.sizes(small), manifest.sizes(large)
+        operations = list_operations(axis_map, *pair, sizes, index_map, chosen, weight, own_weight)
+    expected = _expected_loss(manifest, count)
+    if expected is not None and chosen != "anchor":
+        nearest = min(_measured(manifest), key=lambda n: abs(n - count))
+        if abs(nearest - count) > FAR * span:
+            notes.append(
+                f"the loss was measured at no size nearer than {format_count(nearest)}; what is expected here is read "
+                "off a straight line"
+            )
+    return Plan(
+        shape=axis_map.config_fields(sizes),
+        num_parameters=count,
+        alpha=weight,
+        method=chosen,
+        small=small.name,
+        large=large.name,
+        position=position,
+        operations=operations,
+        bytes_to_read=_bytes(axis_map, manifest, small, large, operations),
+        bytes_to_fetch=_fetch_bytes(manifest, needed_by(manifest, large, small, sizes, index_map, operations)),
+        expected_loss=expected,
+        notes=tuple(notes),
+        sizes=sizes,
+        index_map=index_map,
+        own_weight=own_weight,
+    )
+
+
+def plan_subset(axis_map: AxisMap, large: Sizes, target: Sizes, index_map: IndexMap) -> Plan:
+    """Plans the start of a student: the subset of its neighbour that an index map keeps. Names of anchors are empty.
+
+    Raises:
+        AxisMapError: The sizes break a rule of the family.
+    """
+    axis_map.check_sizes(target)
+    return Plan(
+        shape=axis_map.config_fields(target),
+        num_parameters=count_parameters(axis_map, target),
+        alpha=0.0,
+        method="prune",
+        small="",
+        large="",
+        position=1.0,
+        operations=list_operations(axis_map, target, large, target, index_map, "prune", 0.0),
+        bytes_to_read=0,
+        bytes_to_fetch=0,
+        expected_loss=None,
+        sizes=target,
+        index_map=index_map,
+    )
+
+
+def _pair_for_count(
+    manifest: Manifest, axis_map: AxisMap, target: int, tolerance: float
+) -> tuple[Anchor, Anchor, dict[str, int]]:
+    anchors = manifest.anchors
+    counts = [a.num_parameters for a in anchors]
+    nearest = min(anchors, key=lambda a: abs(a.num_parameters - target))
+    error = abs(nearest.num_parameters - target) / target
+    outside = not counts[-1] <= target <= counts[0]
+    if error <= min(_SNAP, tolerance) or (outside and error <= tolerance):
+        return nearest, nearest, manifest.sizes(nearest)
+    if outside:
+        raise SizeError(
+            f"{format_count(target)} parameters ({target}) is outside this chain, which covers "
+            f"{format_count(counts[-1])} to {format_count(counts[0])} ({counts[-1]} to {counts[0]}); "
+            f"the nearest size is {format_count(nearest.num_parameters)} ({nearest.num_parameters})"
+        )
+    i = next(i for i, count in enumerate(counts) if count < target)
+    small, large = anchors[i], anchors[i - 1]
+    pair = manifest.sizes(small), manifest.sizes(large)
+    return small, large, solve(axis_map, target, *pair, tolerance, shallow=manifest.layers_last)
+
+
+def _pair_for_shape(
+    manifest: Manifest, axis_map: AxisMap, shape: Mapping[str, int]
+) -> tuple[Anchor, Anchor, dict[str, int]]:
+    for name, value in shape.items():
+        if name not in axis_map.fields:
+            hint = did_you_mean(str(name), axis_map.fields)
+            raise SizeError(f"shape has no field {name!r}; allowed: {', '.join(axis_map.fields)}.{hint}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise SizeError(f"shape field {name!r} is {value!r}; expected a positive integer")
+    pairs = list(zip(manifest.anchors[1:], manifest.anchors, strict=False)) or [(manifest.anchors[0],) * 2]
+    problems = []
+    for small, large in pairs:
+        low, high = manifest.sizes(small), manifest.sizes(large)
+        common = {f: v for f, v in small.shape.items() if large.shape[f] == v}
+        if missing := [f for f in axis_map.fields if f not in shape and f not in common]:
+            problems.append(f"shape lacks {', '.join(missing)}, in which {small.name!r} and {large.name!r} differ")
+            continue
+        try:
+            sizes = axis_map.sizes({**common, **shape})
+        except AxisMapError as error:
+            problems.append(f"shape {dict(shape)} is impossible: {error}")
+            continue
+        if all(low[a] <= sizes[a] <= high[a] for a in sizes):
+            return small, large, sizes
+    if len(problems) == len(pairs):
+        raise SizeError(problems[0])
+    ranges = ", ".join(
+        f"{f} {manifest.anchors[-1].shape[f]} to {manifest.anchors[0].shape[f]}" for f in axis_map.fields
+    )
+    raise SizeError(f"shape {dict(shape)} lies between no two adjacent anchors; the chain covers {ranges}")
+
+
+def _bytes(
+    axis_map: AxisMap, manifest: Manifest, small: Anchor, large: Anchor, operations: tuple[TensorOp, ...]
+) -> int:
+    """Every operation reads its sources once (the layers that ``expand`` copies are read once a copy)."""
+    low, high = manifest.sizes(small), manifest.sizes(large)
+    total = 0
+    for op in operations:
+        layout = axis_map.layout(op.pattern)
+        total += _ITEM_BYTES[small.dtype] * layout.count(low) if op.small else 0
+        total += _ITEM_BYTES[large.dtype] * layout.count(high) if op.large else 0
+    return total
+
+
+def needed_by(
+    manifest: Manifest,
+    large: Anchor,
+    small: Anchor,
+    target: Sizes,
+    index_map: IndexMap | None,
+    operations: tuple[TensorOp, ...],
+) -> dict[str, dict[str, list[Run]]]:
+    """Returns, by anchor, which byte runs of which parameters the operations need
+    (:mod:`cbd_hub.interpolation.ranges`)."""
+    sizes = manifest.sizes(large), manifest.sizes(small)
+    items = _ITEM_BYTES[large.dtype], _ITEM_BYTES[small.dtype]
+    from_large, from_small = needed_runs(operations, manifest.resolved_axis_map, index_map, *sizes, target, items)
+    return {large.name: from_large} if large is small else {large.name: from_large, small.name: from_small}
+
+
+def nearly_all(anchor: Anchor, needed: Mapping[str, Sequence[Run]]) -> bool:
+    """Whether so much of an anchor is needed that its files are fetched whole (:data:`WHOLE_ABOVE`)."""
+    return sum(map(count_bytes, needed.values())) >= WHOLE_ABOVE * _weight_bytes(anchor)
+
+
+def _weight_bytes(anchor: Anchor) -> int:
+    return anchor.num_parameters * _ITEM_BYTES[anchor.dtype]
+
+
+def _fetch_bytes(manifest: Manifest, needed: Mapping[str, Mapping[str, list[Run]]]) -> int:
+    """The bytes of the needed runs; of a whole anchor where that is nearly all of it."""
+    return sum(
+        _weight_bytes(anchor) if nearly_all(anchor, runs) else sum(map(count_bytes, runs.values()))
+        for anchor in manifest.anchors
+        if (runs := needed.get(anchor.name))
+    )
+
+
+def _measured(manifest: Manifest) -> dict[int, float]:
+    """Parameters → held-out loss, at the anchors and at the curve's points that ``auto`` would make alike."""
+    points = {p.num_parameters: p.loss for p in manifest.curve if p.method in ("auto", "interpolate")}
+    return points | {a.num_parameters: a.evaluation.loss for a in manifest.anchors if a.evaluation}
+
+
+def _expected_loss(manifest: Manifest, count: int) -> float | None:
+    """Straight lines between the measured sizes; None where an anchor was not measured."""
+    if any(a.evaluation is None for a in manifest.anchors):
+        return None
+    points = _measured(manifest)
+    sizes = sorted(points)
+    return float(np.interp(count, sizes, [points[n] for n in sizes]))

@@ -1,0 +1,102 @@
+"""Which bytes of an anchor's tensors a plan needs, so that a pull can fetch these and no others.
+
+Layers that the target lacks are not needed at all, and of other tensors only the rows (stored dimension 0) that the
+target takes, widened to whole blocks of :data:`cbd_hub.interpolation.checkpoints.BLOCK` bytes: these have digests of
+their own, and for less a request more would cost as much as the bytes. Integers only.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+
+import numpy as np
+
+from cbd_hub.axes.axis_map import AxisMap
+from cbd_hub.axes.sizing import Sizes
+from cbd_hub.interpolation.checkpoints import BLOCK
+from cbd_hub.interpolation.operations import TensorOp, taken_units
+from cbd_hub.manifest.index_maps import IndexMap
+
+__all__ = ["Run", "count_bytes", "merge", "needed_runs", "subtract"]
+
+Run = tuple[int, int]
+"""First byte and the byte behind the last one."""
+
+
+def merge(runs: Iterable[Run]) -> list[Run]:
+    """Returns the runs in order, those that overlap or touch made one."""
+    merged: list[Run] = []
+    for start, stop in sorted(run for run in runs if run[0] < run[1]):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def subtract(wanted: Iterable[Run], have: Iterable[Run]) -> list[Run]:
+    """Returns what of ``wanted`` lies in no run of ``have``."""
+    left = []
+    covered = merge(have)
+    for start, stop in merge(wanted):
+        for a, b in covered:
+            if b <= start or a >= stop:
+                continue
+            if a > start:
+                left.append((start, a))
+            start = b
+        if start < stop:
+            left.append((start, stop))
+    return left
+
+
+def count_bytes(runs: Iterable[Run]) -> int:
+    """Returns how many bytes lie in the runs."""
+    return sum(stop - start for start, stop in merge(runs))
+
+
+def _row_runs(rows: np.ndarray | None, shape: Sequence[int], item_bytes: int) -> list[Run]:
+    """The blocks of a tensor in which some rows lie, from its first byte on."""
+    row = prod(shape[1:]) * item_bytes
+    size = shape[0] * row
+    if rows is None:
+        return [(0, size)]
+    ordered = np.sort(rows)
+    first, last = ordered * row // BLOCK, (ordered * row + row - 1) // BLOCK
+    gaps = np.flatnonzero(first[1:] > last[:-1] + 1)
+    starts, stops = first[np.r_[0, gaps + 1]], last[np.r_[gaps, len(last) - 1]]
+    return [(int(a) * BLOCK, min((int(b) + 1) * BLOCK, size)) for a, b in zip(starts, stops, strict=True)]
+
+
+def needed_runs(
+    operations: Iterable[TensorOp],
+    axis_map: AxisMap,
+    index_map: IndexMap | None,
+    large: Sizes,
+    small: Sizes,
+    target: Sizes,
+    item_bytes: tuple[int, int],
+) -> tuple[dict[str, list[Run]], dict[str, list[Run]]]:
+    """Returns, for the large and for the small anchor, parameter name → runs within the tensor that are needed.
+
+    Args:
+        operations: One a tensor of the target.
+        axis_map: The resolved map of the family.
+        index_map: Correspondence of the two anchors; None takes tensors whole.
+        large: Sizes of the large anchor.
+        small: Sizes of the small anchor; all of it is needed where any of a tensor is.
+        target: Sizes of the target.
+        item_bytes: Bytes a number, of the large and of the small anchor.
+
+    Cost: O(rows), integers only.
+    """
+    from_large: dict[str, list[Run]] = {}
+    from_small: dict[str, list[Run]] = {}
+    for op in operations:
+        layout = axis_map.layout(op.pattern)
+        if op.large:
+            taken: Mapping[str, np.ndarray] = taken_units(op, axis_map, index_map, large, target)
+            runs = _row_runs(layout.rows(0, large, taken), layout.shape(large), item_bytes[0])
+            from_large[op.large] = merge([*from_large.get(op.large, []), *runs])
+        if op.small:
+            from_small[op.small] = [(0, layout.count(small) * item_bytes[1])]
+    return from_large, from_small

@@ -1,0 +1,3 @@
+"""What a chain says about itself."""
+
+__all__ = []

@@ -1,0 +1,3 @@
+"""Documents, tokens, vocabularies, and writers of text."""
+
+__all__ = []

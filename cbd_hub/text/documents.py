@@ -1,0 +1,275 @@
+"""Where text comes from.
+
+Text comes from files or from a dataset, on the Hub or on disk, and becomes *documents*: a dataset with one column,
+``text``. Conversations become text through the tokenizer's chat template.
+"""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from datasets import Dataset, IterableDataset, Value, disable_progress_bars, load_dataset
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from cbd_hub.errors import RecipeError, did_you_mean
+
+__all__ = [
+    "DataConfig",
+    "DatasetSource",
+    "Documents",
+    "SourceConfig",
+    "follow_hub_progress_setting",
+    "load_documents",
+    "read_source",
+]
+
+Documents: TypeAlias = Dataset | IterableDataset
+"""Rows in memory or on disk, or a stream of them."""
+
+
+class DatasetSource(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """A text column of a dataset on the Hub, or of a local dataset folder."""
+
+    name: str
+    """Repo id on the Hub, or a folder of data files relative to the recipe."""
+    config: str | None = None
+    """Configuration (subset) of the dataset, where it has several."""
+    split: str = "train"
+    """Split to read; slices such as "train[:1%]" work too, except when streaming."""
+    column: str = "text"
+    """The column that holds one document a row: text, or a conversation, a list of {role, content} that the
+    tokenizer's chat template turns into text."""
+    revision: str | None = None
+    """Branch, tag or commit of the dataset repository; a commit makes the build repeatable."""
+
+
+class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """One of several sources of text: exactly one of `text_files` and `dataset`."""
+
+    text_files: str | list[str] | None = None
+    """Paths or glob patterns of UTF-8 text files, relative to the recipe's folder. Each file is one
+    document."""
+    dataset: DatasetSource | None = None
+    """A dataset to read the text from."""
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Share of the training tokens that this source makes up, relative to the other weights."""
+
+    @model_validator(mode="after")
+    def _exactly_one_source(self) -> "SourceConfig":
+        if bool(self.text_files) == (self.dataset is not None):
+            given = "both" if self.dataset else "neither"
+            raise ValueError(f"give exactly one of text_files and dataset, got {given}")
+        return self
+
+
+class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """Which text a chain is distilled on: exactly one of `text_files` and `dataset`, or a list of `sources`."""
+
+    text_files: str | list[str] | None = None
+    """Paths or glob patterns of UTF-8 text files, relative to the recipe's folder. Each file is one
+    document."""
+    dataset: DatasetSource | None = None
+    """A dataset to read the text from."""
+    sources: list[SourceConfig] | None = Field(default=None, min_length=1)
+    """Several sources, mixed by weight. Where one runs out before the others, it starts again."""
+    sequence_length: int = Field(default=512, ge=2)
+    """Length of a block, in tokens."""
+    document_boundaries: bool = False
+    """Keep the documents in a block apart: none attends to another, positions start again with each, and the first
+    token of each is not predicted. Otherwise a block is read as one text."""
+    held_out_fraction: float = Field(default=0.1, gt=0, le=0.5)
+    """Share of the text that is never trained on, 0 to 0.5: half validates, half tests. Of several sources, the share
+    of each."""
+    streaming: bool = False
+    """Read the documents as they are needed instead of loading them first, for text larger than memory or
+    disk."""
+    seed: int = 0
+    """Decides which documents are held out, and the order in which sources are mixed."""
+
+    @property
+    def shares(self) -> list[float]:
+        """The share of tokens that each source makes up; their sum is 1."""
+        weights = [source.weight for source in self.each_source()]
+        return [weight / sum(weights) for weight in weights]
+
+    def each_source(self) -> list[SourceConfig]:
+        """The sources, in order; one that stands alone has weight 1."""
+        return self.sources or [SourceConfig(text_files=self.text_files, dataset=self.dataset)]
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "DataConfig":
+        ways = {"text_files": self.text_files, "dataset": self.dataset, "sources": self.sources}
+        given = [name for name, value in ways.items() if value]
+        if len(given) != 1:
+            got = " and ".join(given) or "none"
+            raise ValueError(f"give exactly one of text_files and dataset, or a list of sources, got {got}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_newer_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves unset what older recipes do not have, so that a build of one goes on where it stopped."""
+        newer = ("sources", "document_boundaries")
+        return {name: value for name, value in handler(self).items() if value or name not in newer}
+
+
+def load_documents(
+    config: DataConfig, base_dir: str | Path = ".", tokenizer: PreTrainedTokenizerBase | None = None
+) -> Documents:
+    """Reads the documents of a data config that has one source; see :func:`read_source`.
+
+    Raises:
+        RecipeError: there are several sources, or as :func:`read_source` says.
+    """
+    sources = config.each_source()
+    if len(sources) > 1:
+        raise RecipeError(f"The config names {len(sources)} sources; read each with read_source, or use load_splits.")
+    return read_source(sources[0], base_dir, tokenizer, streaming=config.streaming)
+
+
+def read_source(
+    source: SourceConfig,
+    base_dir: str | Path = ".",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    streaming: bool = False,
+) -> Documents:
+    """Reads the documents of a source into a dataset with the one column ``text``.
+
+    Files are read in the order of their paths, line ends become ``\\n``, and a single file is cut into
+    documents at its form feeds, if it has any. Rows of a dataset that are empty are left out. An end-of-text token
+    that a chat template writes last is left off: :func:`cbd_hub.text.packing.pack` writes one.
+
+    Args:
+        source: what to read.
+        base_dir: folder that relative paths start from.
+        tokenizer: needed for conversations alone: its chat template turns them into text.
+        streaming: read one file or row at a time.
+
+    Returns:
+        a ``Dataset``, or with `streaming` an ``IterableDataset``.
+
+    Raises:
+        RecipeError: nothing matches a pattern; a file cannot be read, is not UTF-8 or is empty; the dataset,
+            its split or its column does not exist; the column holds neither text nor conversations; there is no chat
+            template for them, or a message is malformed (for a stream: when read).
+    """
+    follow_hub_progress_setting()
+    if source.dataset is not None:
+        return _load_rows(source.dataset, Path(base_dir), streaming, tokenizer)
+    paths = _match_files(source.text_files or [], Path(base_dir))
+    cut = len(paths) == 1
+    if streaming:  # each path of the list is a shard: a stream is taken up again at its file, not at the first
+        return IterableDataset.from_generator(_read_documents, gen_kwargs={"paths": paths, "cut": cut})
+    return Dataset.from_list(list(_read_documents(paths, cut)))
+
+
+def follow_hub_progress_setting() -> None:
+    """Silences the bars of `datasets`, which has a switch of its own, if ``HF_HUB_DISABLE_PROGRESS_BARS`` is set."""
+    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        disable_progress_bars()
+
+
+def _match_files(patterns: str | list[str], base_dir: Path) -> list[Path]:
+    """All files that match any pattern, sorted by their path below `base_dir`, each once."""
+    matched: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        names = [
+            name for name in glob.glob(pattern, root_dir=base_dir, recursive=True) if not (base_dir / name).is_dir()
+        ]
+        if not names:
+            hint = "it is a folder: add /*.txt" if (base_dir / pattern).is_dir() else "check the path or pattern"
+            raise RecipeError(f"No text file matches {pattern!r} in {base_dir.resolve()}: {hint}.")
+        matched.update(Path(name).as_posix() for name in names)
+    return [base_dir / name for name in sorted(matched)]
+
+
+def _read_documents(paths: Sequence[Path], cut: bool) -> Iterator[dict[str, str]]:
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path} is not UTF-8 (byte {error.start}); convert it to UTF-8.") from error
+        except OSError as error:
+            raise RecipeError(f"{path} cannot be read: {error.strerror}.") from error
+        if not text.strip():
+            raise RecipeError(f"{path} is empty; remove it from text_files.")
+        pieces = text.split("\f") if cut else [text]
+        yield from ({"text": piece} for piece in pieces if piece.strip())
+
+
+def _load_rows(
+    source: DatasetSource, base_dir: Path, streaming: bool, tokenizer: PreTrainedTokenizerBase | None
+) -> Documents:
+    folder = base_dir / source.name
+    try:
+        path = str(folder) if folder.is_dir() else source.name
+        rows = load_dataset(path, source.config, split=source.split, revision=source.revision, streaming=streaming)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise RecipeError(f"The dataset {source.name!r} cannot be loaded: {error}") from error
+    columns = rows.column_names or list(next(iter(rows), {}))
+    if source.column not in columns:
+        raise RecipeError(
+            f"The dataset {source.name!r} has no column {source.column!r}, only {', '.join(columns) or 'none'}."
+            + did_you_mean(source.column, columns)
+        )
+    rows = rows.select_columns(source.column)
+    if _holds_conversations(rows, source):
+        rows = rows.map(
+            _render,
+            with_indices=True,
+            input_columns=source.column,
+            remove_columns=source.column,
+            fn_kwargs={"tokenizer": _with_chat_template(tokenizer, source), "name": source.name},
+        )
+    elif source.column != "text":
+        rows = rows.rename_column(source.column, "text")
+    return rows.filter(_has_text, input_columns="text")
+
+
+def _holds_conversations(rows: Documents, source: DatasetSource) -> bool:
+    if rows.features is not None and isinstance(rows.features[source.column], Value):
+        return False
+    first = next((row[source.column] for row in rows if row[source.column]), "")
+    if not isinstance(first, str | list):
+        raise RecipeError(
+            f"The column {source.column!r} of the dataset {source.name!r} holds {type(first).__name__} values; name "
+            "one that holds text or conversations, which are lists of {role, content}."
+        )
+    return isinstance(first, list)
+
+
+def _with_chat_template(tokenizer: PreTrainedTokenizerBase | None, source: DatasetSource) -> PreTrainedTokenizerBase:
+    if tokenizer is None or not tokenizer.chat_template:
+        raise RecipeError(
+            f"The dataset {source.name!r} holds conversations and the tokenizer has no chat template to write them "
+            "with; use the tokenizer of a chat model, or set its chat_template."
+        )
+    return tokenizer
+
+
+def _render(messages: Any, index: int, tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, str]:
+    """A conversation as text."""
+    where = f"row {index} of the dataset {name!r}"
+    if not messages:
+        return {"text": ""}
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            got = ", ".join(map(str, message)) if isinstance(message, dict) else repr(message)[:40]
+            raise RecipeError(f"Message {number} in {where} is no {{role, content}} of two strings; it has {got}.")
+    # A key that only other messages have is None in this one; templates ask whether it is there.
+    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    try:
+        text = str(tokenizer.apply_chat_template(present, tokenize=False))
+    except TemplateError as error:
+        raise RecipeError(f"The chat template refuses {where}: {error}") from error
+    end = str(tokenizer.eos_token or "")
+    return {"text": text.rstrip().removesuffix(end) if end and text.rstrip().endswith(end) else text}
+
+
+def _has_text(text: object) -> bool:
+    return isinstance(text, str) and bool(text.strip())

@@ -1,0 +1,3 @@
+"""Training one model: its trainer, distillation, recovery."""
+
+__all__ = []

@@ -1,0 +1,200 @@
+"""What a build is made from: the same ingredients every time, and none that are made up."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_config, tiny_model
+from tiny_recipe import TEXT, built_chain, tiny_recipe
+from transformers import AutoTokenizer
+
+from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.recipe import load_recipe
+from cbd_hub.errors import RecipeError, UnknownArchitectureError
+from cbd_hub.initialization.refit import REFIT_TOKENS
+
+
+def made(**changes: Any) -> Ingredients:
+    return Ingredients(*load_recipe(tiny_recipe(**changes)))
+
+
+def of_model(folder: Path, **changes: Any) -> Ingredients:
+    recipe = {"name": "x", "source": {"model": str(folder)}, "anchors": [0.5], "distillation": {"tokens": 0}}
+    return Ingredients(*load_recipe({**recipe, **changes}))
+
+
+def test_splits_share_no_text_and_repeat() -> None:
+    one, two = made(), made()
+    (splits,) = one.splits
+    rows = {name: set(getattr(splits, name)["text"]) for name in ("train", "validation", "test")}
+    assert not rows["train"] & rows["validation"] and not rows["train"] & rows["test"]
+    assert not rows["validation"] & rows["test"]
+    assert one.tokenizer is not None and two.tokenizer is not None and one.text is not None and two.text is not None
+    assert one.tokenizer.get_vocab() == two.tokenizer.get_vocab()
+    assert len(one.tokenizer) <= 300
+    assert one.text.train["input_ids"] == two.text.train["input_ids"]
+
+
+def test_several_sources_are_mixed_and_documents_kept_apart(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"body": f"{n} bottles of beer. " * 20}) for n in range(99))
+    )
+    data = {
+        "sources": [
+            {"text_files": str(TEXT / "179*.txt"), "weight": 3},
+            {"dataset": {"name": str(tmp_path), "column": "body"}},
+        ],
+        "sequence_length": 32,
+        "document_boundaries": True,
+    }
+    ingredients = made(data=data)
+    assert len(ingredients.splits) == 2 and ingredients.text is not None and ingredients.tokenizer is not None
+    assert "bottles" in ingredients.tokenizer.decode(ingredients.tokenizer("bottles")["input_ids"])
+    for blocks in (ingredients.text.train, ingredients.text.validation, ingredients.text.test):
+        assert set(blocks.column_names) == {"input_ids", "position_ids", "labels"}
+        of_beer = ["beer" in ingredients.tokenizer.decode(ids) for ids in blocks["input_ids"]]
+        assert 0.1 < sum(of_beer) / len(of_beer) < 0.4
+    calibration = ingredients.calibration()
+    assert calibration is not None and calibration.shape[1] == 32
+
+
+def test_conversations_take_the_template_of_the_tokenizer(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "As ever."}]
+    (tmp_path / "chats").mkdir()
+    lines = [json.dumps({"messages": [*chat, {"role": "user", "content": str(n)}]}) for n in range(60)]
+    (tmp_path / "chats" / "rows.jsonl").write_text("\n".join(lines))
+    tokenizer = AutoTokenizer.from_pretrained(built_chain())
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    data = {"dataset": {"name": str(tmp_path / "chats"), "column": "messages"}, "sequence_length": 16}
+    ingredients = made(data=data, tokenizer=str(tmp_path / "chatty"))
+    assert ingredients.text is not None
+    assert all(
+        text.startswith("[user] How are you? [assistant] As ever. [user] ")
+        for text in ingredients.splits[0].train["text"]
+    )
+    with pytest.raises(RecipeError, match="no chat template"):
+        _ = made(data=data).text
+
+
+def test_calibration_is_the_beginning_of_the_validation_text() -> None:
+    ingredients = made(calibration_tokens=70)
+    blocks = ingredients.calibration()
+    assert blocks is not None and ingredients.text is not None
+    assert (blocks.shape, blocks.dtype) == ((2, 32), torch.int64)
+    assert blocks.tolist() == ingredients.text.validation["input_ids"][:2]
+    few = made(calibration_tokens=1).calibration()
+    assert few is not None and few.shape == (1, 32)
+    assert made(calibration_tokens=0).calibration() is None
+
+
+def test_as_many_validation_blocks_as_the_recipe_allows() -> None:
+    for tokens, blocks in ((1000, 1000 // 31), (31, 1), (1, 1), (10**9, None), (None, None)):
+        ingredients = made(evaluation={"tokens": tokens})
+        assert ingredients.text is not None and ingredients.validation is not None
+        whole = ingredients.text.validation["input_ids"]
+        assert list(ingredients.validation["input_ids"]) == whole[:blocks]
+
+
+def test_what_refine_gets_is_validation_text_too(tmp_path: Path) -> None:
+    """32,768 tokens or all there are; more only where calibration has more."""
+    ingredients = made(calibration_tokens=70)
+    shipped, few = ingredients.shipped_calibration(), ingredients.calibration()
+    assert shipped is not None and few is not None and ingredients.text is not None
+    assert shipped.tolist() == ingredients.text.validation["input_ids"][: 32_768 // 32]
+    assert shipped[: len(few)].tolist() == few.tolist()
+    assert made(calibration_tokens=0).shipped_calibration() is None
+    assert of_model(tmp_path).shipped_calibration() is None
+    (tmp_path / "long.txt").write_text("\n\n".join(f"{n} bottles of beer on the wall. " * 40 for n in range(2000)))
+    data = {"text_files": str(tmp_path / "long.txt"), "sequence_length": 512, "held_out_fraction": 0.5}
+    for asked, rows in ((512, 64), (40_000, 78)):
+        blocks = made(data=data, calibration_tokens=asked).shipped_calibration()
+        assert blocks is not None and blocks.shape == (rows, 512)
+
+
+def test_a_refit_looks_at_training_text_alone(tmp_path: Path) -> None:
+    ingredients = made()
+    blocks = ingredients.refit_blocks()
+    assert blocks is not None and ingredients.text is not None
+    assert blocks.tolist() == ingredients.text.train["input_ids"][: REFIT_TOKENS // 32]
+    held_out = {tuple(ids) for ids in ingredients.text.validation["input_ids"]}
+    assert not held_out & {tuple(ids) for ids in blocks.tolist()}
+    assert of_model(tmp_path).refit_blocks() is None
+
+
+def test_without_data_there_is_neither_text_nor_calibration(tmp_path: Path) -> None:
+    ingredients = of_model(tmp_path)
+    assert ingredients.text is None
+    assert ingredients.calibration() is None
+    assert ingredients.validation is None
+    with pytest.raises(RecipeError, match="no `data`"):
+        _ = ingredients.splits
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gpt_neox"])
+def test_no_tokenizer_is_made_up_for_a_bare_model(family: str, tmp_path: Path) -> None:
+    tiny_model(tiny_config(family)).save_pretrained(tmp_path)
+    assert of_model(tmp_path).tokenizer is None
+    with pytest.raises(RecipeError, match="no `tokenizer`"):
+        _ = of_model(tmp_path, data=tiny_recipe()["data"]).text
+
+
+def test_the_tokenizer_of_the_source_or_of_a_folder_beside_the_recipe(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(built_chain())
+    tokenizer.save_pretrained(tmp_path / "source")
+    found = of_model(tmp_path / "source").tokenizer
+    assert found is not None and found.get_vocab() == tokenizer.get_vocab()
+    recipe, _ = load_recipe(tiny_recipe(tokenizer="source"))
+    beside = Ingredients(recipe, tmp_path).tokenizer
+    assert beside is not None and beside.get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(RecipeError, match=r"cannot be loaded"):
+        _ = of_model(tmp_path).tokenizer
+
+
+def test_text_is_found_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text((TEXT.parents[1] / "recipes" / "quickstart.yaml").read_text())
+    (tmp_path.parent / "data").mkdir(exist_ok=True)
+    (tmp_path.parent / "data" / "sotu").symlink_to(TEXT)
+    try:
+        assert len(Ingredients(*load_recipe(tmp_path / "recipe.yaml")).splits[0].train) > 50
+    finally:
+        (tmp_path.parent / "data" / "sotu").unlink()
+
+
+def test_the_source_is_loaded_in_float32_and_trained_ones_repeat(tmp_path: Path) -> None:
+    tiny_model(tiny_config("llama"), torch.bfloat16).save_pretrained(tmp_path / "source")
+    model, training = of_model(tmp_path / "source").source(tmp_path / "work", progress=False)
+    assert (model.dtype, training, model.training) == (torch.float32, None, False)
+    recipe = tiny_recipe()
+    recipe["source"]["train"]["training"]["tokens"] = 512
+    states = []
+    for name in ("one", "two"):
+        trained, record = made(source=recipe["source"]).source(tmp_path / name, progress=False)
+        assert record is not None and record.tokens == 512
+        assert trained.config.vocab_size <= 300 and trained.config.eos_token_id == 0
+        states.append(trained.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize(
+    ("train", "error", "match"),
+    [
+        ({"architecture": "lama"}, RecipeError, "no lama config"),
+        ({"architecture": "bloom", "config": {"hidden_size": 32, "n_head": 4}}, UnknownArchitectureError, "axis_map"),
+        ({"config": {"hidden_size": 32, "num_attention_heads": 5}}, RecipeError, "not a multiple"),
+        ({"config": {"hidden_size": "wide"}}, RecipeError, "hidden_size"),
+        ({"config": {"hiden_size": 32, "num_hidden_layers": 1}}, ValueError, "hiden_size"),
+    ],
+)
+def test_a_source_that_cannot_be_trained_is_refused_first(
+    train: Any, error: type[Exception], match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=match):
+        made(source={"train": train}).source(tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())

