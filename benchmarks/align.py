@@ -30,7 +30,8 @@ from cbd_hub.interpolation.materialize import build_model, make_tensor, target_c
 from cbd_hub.interpolation.operations import list_operations
 from cbd_hub.interpolation.plan import plan_subset
 from cbd_hub.manifest.index_maps import IndexMap
-from cbd_hub.training.distill import DistillationConfig, distill
+from cbd_hub.training.distill import distill
+from cbd_hub.training.settings import DistillationConfig
 
 ROOT = Path(__file__).parents[1]
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -34,9 +34,10 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cbd_hub import build_chain
-from cbd_hub.build.bridge import BridgeConfig, Founding, choose, found
+from cbd_hub.build.bridge import Founding, choose, found
 from cbd_hub.build.ingredients import Ingredients
 from cbd_hub.build.recipe import load_recipe
+from cbd_hub.build.settings import BridgeConfig
 from cbd_hub.evaluation.held_out import bits_per_byte, evaluate_loss
 from cbd_hub.text.packing import train_tokenizer
 

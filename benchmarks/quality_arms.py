@@ -26,7 +26,8 @@ from cbd_hub.interpolation.materialize import build_model, cut, make_tensor, tar
 from cbd_hub.interpolation.operations import list_operations
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest.index_maps import IndexMap, kept_hidden
-from cbd_hub.training.distill import DistillationConfig, block_ends, distill
+from cbd_hub.training.distill import block_ends, distill
+from cbd_hub.training.settings import DistillationConfig
 
 __all__ = [
     "Pair",

@@ -129,7 +129,8 @@ def anchor_trainer(options: argparse.Namespace, folder: str, clock: Clock, hidde
     import numpy as np
 
     from cbd_hub.manifest.index_maps import IndexMap
-    from cbd_hub.training.distill import AnchorTrainer, DistillationConfig, block_ends
+    from cbd_hub.training.distill import AnchorTrainer, block_ends
+    from cbd_hub.training.settings import DistillationConfig
 
     student, teacher = make_models(options)
     options.held = held_bytes()

@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from cbd_hub import Chain, from_chain
-from cbd_hub.text.documents import DataConfig
 from cbd_hub.text.packing import pack
+from cbd_hub.text.settings import DataConfig
 from cbd_hub.text.splits import load_splits
 
 SPEECHES = sorted((Path(__file__).parent / "data" / "sotu").glob("20*.txt"))

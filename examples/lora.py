@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, defau
 
 from cbd_hub import Chain
 from cbd_hub.chain.export import write_model
-from cbd_hub.text.documents import DataConfig
 from cbd_hub.text.packing import pack
+from cbd_hub.text.settings import DataConfig
 from cbd_hub.text.splits import load_splits
 
 SPEECHES = sorted((Path(__file__).parent / "data" / "sotu").glob("20*.txt"))

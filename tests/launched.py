@@ -20,7 +20,8 @@ from tiny_models import tiny_config, tiny_model
 from torch.distributed.tensor import DTensor
 
 from cbd_hub.manifest.index_maps import IndexMap
-from cbd_hub.training.distill import DistillationConfig, distill
+from cbd_hub.training.distill import distill
+from cbd_hub.training.settings import DistillationConfig
 
 VOCAB = 97
 LENGTH = 24

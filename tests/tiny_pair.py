@@ -10,8 +10,9 @@ from tiny_models import tiny_config, tiny_model
 from transformers import PreTrainedModel
 
 from cbd_hub.manifest.index_maps import IndexMap
-from cbd_hub.text.documents import DataConfig, load_documents
+from cbd_hub.text.documents import load_documents
 from cbd_hub.text.packing import pack, train_tokenizer
+from cbd_hub.text.settings import DataConfig
 from cbd_hub.text.splits import split_documents
 
 __all__ = ["LENGTH", "VOCAB", "packed_text", "pair"]

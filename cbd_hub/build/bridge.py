@@ -25,10 +25,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import datasets
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -36,26 +34,25 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from cbd_hub.alignment.basis import rotate
 from cbd_hub.alignment.importance import rank
 from cbd_hub.axes.architectures import axis_map_for
+from cbd_hub.build.settings import BridgeConfig, Way
 from cbd_hub.errors import AxisMapError, RecipeError
 from cbd_hub.initialization.copy_blocks import carry_blocks, same_form
 from cbd_hub.initialization.fresh import fresh_config, fresh_model
 from cbd_hub.initialization.refit import can_refit, refit
-from cbd_hub.initialization.transplant import Method, embeddings_into, transplant_vocabulary
+from cbd_hub.initialization.transplant import embeddings_into, transplant_vocabulary
 from cbd_hub.interpolation.materialize import cut
 from cbd_hub.losses.cross_vocabulary import Across
 from cbd_hub.manifest.index_maps import kept_hidden
 from cbd_hub.manifest.manifest import Bridge, Training
 from cbd_hub.text.documents import Documents
 from cbd_hub.text.packing import mix, pack
-from cbd_hub.text.synthesis import GenerationConfig, make_generator, read_prompts, synthesize
+from cbd_hub.text.synthesis import make_generator, read_prompts, synthesize
 from cbd_hub.text.token_groups import TokenAligner
 from cbd_hub.text.vocabulary import Pairs, Vocabulary, VocabularyReport, compare_vocabularies
-from cbd_hub.training.distill import DistillationConfig, distill
+from cbd_hub.training.distill import distill
 
-__all__ = ["BridgeConfig", "BridgeSetting", "Founding", "Way", "choose", "found"]
+__all__ = ["Founding", "choose", "found"]
 
-Way = Literal["transplant", "logits", "seqkd"]
-"""One means of founding anchor zero; see the top of this module."""
 
 SHARED_ENOUGH = 0.3
 """Share of the corpus's tokens that the source must know too, for ``auto`` to compare predictions."""
@@ -63,50 +60,6 @@ SHARED_ENOUGH = 0.3
 _SAMPLE = 2_000_000  # characters of training text that vocabularies are compared and transplanted on
 _RATIOS = {"q_per_kv": "num_attention_heads / num_key_value_heads"}  # axes without a config field
 _OF_A_CHECKPOINT = ("architectures", "dtype", "torch_dtype", "model_type", "transformers_version", "_name_or_path")
-
-
-def _as_mapping(value: Any) -> Any:
-    """``auto`` or a list of ways stands for a mapping with ``use``."""
-    return {"use": value} if isinstance(value, str | list) else value
-
-
-class BridgeConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """How anchor zero is made where the source is of another architecture or vocabulary."""
-
-    use: Literal["auto"] | list[Way] = "auto"
-    """Any of ``transplant``, ``logits`` and ``seqkd``; ``auto`` picks. An empty list trains from random weights on the
-    corpus, without the source: the control."""
-    architecture: str | None = None
-    """``model_type`` of anchor zero; None is the source's."""
-    config: dict[str, Any] = Field(default_factory=dict)
-    """Fields of its config; those left out are the source's, or for another architecture that config's defaults."""
-    training: DistillationConfig = DistillationConfig(hidden=0)
-    """How anchor zero is trained; ``ce`` and ``kl`` weigh the text and the source's predictions, ``hidden`` plays no
-    part."""
-    uld: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Weight of the distance between sorted probabilities of tokens that only one vocabulary has."""
-    embeddings: Method = "pieces"
-    """How a token that the source lacks gets a row: the mean of the source's tokens that spell it, or a sparse
-    combination of shared tokens by orthogonal matching pursuit
-    (:func:`cbd_hub.initialization.transplant.transplant_vocabulary`)."""
-    k: int = Field(default=8, ge=1)
-    """Shared tokens in such a combination, at most."""
-    generation: GenerationConfig = GenerationConfig(documents=1000)
-    """What the source writes, for ``seqkd``."""
-    generated_share: float = Field(default=1.0, gt=0, le=1)
-    """Share of the training tokens that are the source's own text, for ``seqkd``; the others are the corpus."""
-    cache: str | None = None
-    """Folder that generated text is kept in, for any later build too; None is one beside the datasets cache."""
-
-    @model_validator(mode="after")
-    def _once(self) -> "BridgeConfig":
-        if len(set(self.use)) != len(self.use) and self.use != "auto":
-            raise ValueError(f"use names a way twice: {self.use}")
-        return self
-
-
-BridgeSetting = Annotated[BridgeConfig, BeforeValidator(_as_mapping)]
-"""A :class:`BridgeConfig` as recipes write it: ``auto``, a list of ways, or a mapping."""
 
 
 @dataclass(frozen=True)

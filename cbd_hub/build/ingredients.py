@@ -14,8 +14,9 @@ from datasets import IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from cbd_hub.build.bridge import BridgeConfig, Founding
+from cbd_hub.build.bridge import Founding
 from cbd_hub.build.recipe import Recipe, TrainTokenizer
+from cbd_hub.build.settings import BridgeConfig
 from cbd_hub.errors import RecipeError
 from cbd_hub.initialization.fresh import fresh_config, fresh_model
 from cbd_hub.initialization.refit import REFIT_TOKENS

@@ -14,10 +14,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import WAYPOINTS, parse_count
-from cbd_hub.build.bridge import BridgeSetting
+from cbd_hub.build.settings import BridgeSetting
 from cbd_hub.errors import RecipeError, did_you_mean
-from cbd_hub.text.documents import DataConfig
-from cbd_hub.training.distill import DistillationConfig, TokenCount
+from cbd_hub.text.settings import DataConfig
+from cbd_hub.training.settings import DistillationConfig, TokenCount
 
 __all__ = [
     "AnchorSpec",

@@ -16,8 +16,9 @@ from cbd_hub.evaluation.metrics import rouge
 from cbd_hub.evaluation.summaries import evaluate_summaries, read_summaries
 from cbd_hub.evaluation.tasks import ITEMS, evaluate_tasks, read_items
 from cbd_hub.manifest.manifest import MANIFEST_NAME
-from cbd_hub.text.documents import DataConfig, load_documents
+from cbd_hub.text.documents import load_documents
 from cbd_hub.text.packing import pack, token_batches
+from cbd_hub.text.settings import DataConfig
 from cbd_hub.text.vocabulary import VocabularyReport, compare_vocabularies
 
 __all__ = ["compare_tokenizers", "evaluate_on_summaries", "evaluate_on_tasks", "evaluate_on_text"]

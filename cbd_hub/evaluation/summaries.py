@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from cbd_hub.errors import RecipeError
 from cbd_hub.evaluation.held_out import render_progress
 from cbd_hub.evaluation.metrics import rouge
-from cbd_hub.text.generators import LocalGenerator, Sampling
+from cbd_hub.text.generators import LocalGenerator
+from cbd_hub.text.settings import Sampling
 
 __all__ = ["Item", "evaluate_summaries", "read_summaries"]
 

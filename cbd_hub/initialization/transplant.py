@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_hub.errors import RecipeError
 from cbd_hub.initialization.matching_pursuit import context_features, matching_pursuit
+from cbd_hub.initialization.names import Method
 from cbd_hub.text.vocabulary import Vocabulary
 
-__all__ = ["Method", "TransplantReport", "embeddings_into", "transplant_vocabulary"]
+__all__ = ["TransplantReport", "embeddings_into", "transplant_vocabulary"]
 
-Method = Literal["omp", "pieces", "random"]
-"""How rows are made that cannot be copied: sparse combinations, means of pieces, or at random."""
 
 _ROLES = ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id")
 _KEPT = (

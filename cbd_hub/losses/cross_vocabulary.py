@@ -29,7 +29,8 @@ from torch import Tensor
 
 from cbd_hub.errors import RecipeError
 from cbd_hub.losses.distillation import Head, head_sums
-from cbd_hub.losses.divergences import Divergence, DivergenceName
+from cbd_hub.losses.divergences import Divergence
+from cbd_hub.losses.names import DivergenceName
 from cbd_hub.text.token_groups import TokenAligner
 from cbd_hub.text.vocabulary import Pairs
 

@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.losses.divergences import Divergence, DivergenceName
+from cbd_hub.losses.divergences import Divergence
+from cbd_hub.losses.names import DivergenceName
 
 __all__ = ["Head", "LossTerms", "Objective", "distillation_loss", "head_sums", "hidden_and_head", "hidden_state_loss"]
 

@@ -11,17 +11,17 @@ log-probabilities: a word that both find impossible in float32 still adds 0 and 
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from cbd_hub.errors import RecipeError, did_you_mean
+from cbd_hub.losses.names import DivergenceName
 
-__all__ = ["Divergence", "DivergenceName"]
-
-DivergenceName = Literal["forward_kl", "reverse_kl", "js", "skewed_kl", "skewed_reverse_kl"]
-"""The divergences there are: :meth:`Divergence.named` says what each is."""
+__all__ = [
+    "Divergence",
+]
 
 
 @dataclass(frozen=True)

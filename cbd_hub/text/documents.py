@@ -13,16 +13,13 @@ from typing import Any, TypeAlias
 from datasets import Dataset, IterableDataset, Value, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
-from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from cbd_hub.errors import RecipeError, did_you_mean
+from cbd_hub.text.settings import DataConfig, DatasetSource, SourceConfig
 
 __all__ = [
-    "DataConfig",
-    "DatasetSource",
     "Documents",
-    "SourceConfig",
     "follow_hub_progress_setting",
     "load_documents",
     "read_source",
@@ -30,91 +27,6 @@ __all__ = [
 
 Documents: TypeAlias = Dataset | IterableDataset
 """Rows in memory or on disk, or a stream of them."""
-
-
-class DatasetSource(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """A text column of a dataset on the Hub, or of a local dataset folder."""
-
-    name: str
-    """Repo id on the Hub, or a folder of data files relative to the recipe."""
-    config: str | None = None
-    """Configuration (subset) of the dataset, where it has several."""
-    split: str = "train"
-    """Split to read; slices such as "train[:1%]" work too, except when streaming."""
-    column: str = "text"
-    """The column that holds one document a row: text, or a conversation, a list of {role, content} that the
-    tokenizer's chat template turns into text."""
-    revision: str | None = None
-    """Branch, tag or commit of the dataset repository; a commit makes the build repeatable."""
-
-
-class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """One of several sources of text: exactly one of `text_files` and `dataset`."""
-
-    text_files: str | list[str] | None = None
-    """Paths or glob patterns of UTF-8 text files, relative to the recipe's folder. Each file is one
-    document."""
-    dataset: DatasetSource | None = None
-    """A dataset to read the text from."""
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Share of the training tokens that this source makes up, relative to the other weights."""
-
-    @model_validator(mode="after")
-    def _exactly_one_source(self) -> "SourceConfig":
-        if bool(self.text_files) == (self.dataset is not None):
-            given = "both" if self.dataset else "neither"
-            raise ValueError(f"give exactly one of text_files and dataset, got {given}")
-        return self
-
-
-class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """Which text a chain is distilled on: exactly one of `text_files` and `dataset`, or a list of `sources`."""
-
-    text_files: str | list[str] | None = None
-    """Paths or glob patterns of UTF-8 text files, relative to the recipe's folder. Each file is one
-    document."""
-    dataset: DatasetSource | None = None
-    """A dataset to read the text from."""
-    sources: list[SourceConfig] | None = Field(default=None, min_length=1)
-    """Several sources, mixed by weight. Where one runs out before the others, it starts again."""
-    sequence_length: int = Field(default=512, ge=2)
-    """Length of a block, in tokens."""
-    document_boundaries: bool = False
-    """Keep the documents in a block apart: none attends to another, positions start again with each, and the first
-    token of each is not predicted. Otherwise a block is read as one text."""
-    held_out_fraction: float = Field(default=0.1, gt=0, le=0.5)
-    """Share of the text that is never trained on, 0 to 0.5: half validates, half tests. Of several sources, the share
-    of each."""
-    streaming: bool = False
-    """Read the documents as they are needed instead of loading them first, for text larger than memory or
-    disk."""
-    seed: int = 0
-    """Decides which documents are held out, and the order in which sources are mixed."""
-
-    @property
-    def shares(self) -> list[float]:
-        """The share of tokens that each source makes up; their sum is 1."""
-        weights = [source.weight for source in self.each_source()]
-        return [weight / sum(weights) for weight in weights]
-
-    def each_source(self) -> list[SourceConfig]:
-        """The sources, in order; one that stands alone has weight 1."""
-        return self.sources or [SourceConfig(text_files=self.text_files, dataset=self.dataset)]
-
-    @model_validator(mode="after")
-    def _one_way(self) -> "DataConfig":
-        ways = {"text_files": self.text_files, "dataset": self.dataset, "sources": self.sources}
-        given = [name for name, value in ways.items() if value]
-        if len(given) != 1:
-            got = " and ".join(given) or "none"
-            raise ValueError(f"give exactly one of text_files and dataset, or a list of sources, got {got}")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_newer_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves unset what older recipes do not have, so that a build of one goes on where it stopped."""
-        newer = ("sources", "document_boundaries")
-        return {name: value for name, value in handler(self).items() if value or name not in newer}
 
 
 def load_documents(

@@ -23,7 +23,6 @@ from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from pydantic import BaseModel, Field
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
@@ -36,29 +35,11 @@ from transformers import (
 )
 
 from cbd_hub.errors import RecipeError
+from cbd_hub.text.settings import Sampling
 
-__all__ = ["Continuation", "Generator", "LocalGenerator", "Sampling", "ServerGenerator"]
+__all__ = ["Continuation", "Generator", "LocalGenerator", "ServerGenerator"]
 
 _NO_ANSWER = "does not answer as the OpenAI protocol says; check that base_url leads to /v1 of such a server. It sent"
-
-
-class Sampling(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """How the next token is chosen."""
-
-    max_new_tokens: int = Field(default=200, ge=1)
-    """Most tokens written after a prompt; fewer where the model ends its text."""
-    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Logits are divided by it; 1 samples from the model's own distribution, 0 takes the likeliest token."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample among the likeliest tokens that together have this probability; 1 is all."""
-    top_k: int = Field(default=0, ge=0)
-    """Sample among this many of the likeliest tokens; 0 is all. Not every server knows it."""
-    seed: int = 0
-    """Another seed samples other text."""
-
-    def row_seed(self, number: int) -> int:
-        """The seed of the prompt with a number, 0 to 2^31 - 1."""
-        return int(hashlib.sha256(f"{self.seed}:{number}".encode()).hexdigest(), 16) % 2**31
 
 
 class Continuation(NamedTuple):

@@ -12,7 +12,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.text.documents import DataConfig, Documents, read_source
+from cbd_hub.text.documents import Documents, read_source
+from cbd_hub.text.settings import DataConfig
 
 __all__ = ["Splits", "load_splits", "split_documents"]
 

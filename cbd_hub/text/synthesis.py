@@ -21,16 +21,14 @@ from typing import Any, TypedDict
 from datasets import Dataset
 from filelock import FileLock
 from huggingface_hub.utils.tqdm import tqdm
-from pydantic import BaseModel, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.text.documents import DatasetSource, SourceConfig, read_source
-from cbd_hub.text.generators import Generator, LocalGenerator, Sampling, ServerGenerator
+from cbd_hub.text.documents import read_source
+from cbd_hub.text.generators import Generator, LocalGenerator, ServerGenerator
+from cbd_hub.text.settings import DatasetSource, GenerationConfig, Sampling, SourceConfig
 
 __all__ = [
-    "GenerationConfig",
-    "ServerConfig",
     "corpus_prompts",
     "fingerprint",
     "keep",
@@ -41,54 +39,6 @@ __all__ = [
 
 SHARD = 64
 """Texts in a shard: what a killed run loses at most. Another number makes other shards of the same text."""
-
-
-class ServerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """A server that speaks the OpenAI protocol, such as vLLM's."""
-
-    base_url: str = Field(pattern="^https?://")
-    """Where its paths begin, as a rule "http://host:port/v1"."""
-    model: str
-    """The model's name on the server. The text is kept under this name, whatever the address."""
-    api_key_env: str | None = None
-    """The environment variable that holds the key; the key itself never stands in a recipe."""
-    parallel: int = Field(default=4, ge=1)
-    """Requests at a time."""
-    retries: int = Field(default=5, ge=0)
-    """Further tries of a request that failed for a passing reason."""
-    timeout: float = Field(default=120, gt=0, allow_inf_nan=False)
-    """Seconds that one try may take."""
-    start: str | None = None
-    """Sent for an empty prompt: the begin-of-text token as text, such as "<s>"."""
-    extra: dict[str, Any] = {}
-    """Further fields of each request, for this server alone."""
-
-
-class GenerationConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """What a source model writes, and which of it is kept."""
-
-    prompts: str | DatasetSource | None = None
-    """A UTF-8 text file with one prompt a line, or a dataset of prompts; None takes the first tokens of each document
-    of the corpus."""
-    prompt_tokens: int = Field(default=16, ge=0)
-    """Tokens of a corpus document that make a prompt; 0 is an empty prompt, so that the model begins by itself."""
-    documents: int = Field(default=1000, ge=1)
-    """Texts to write. Where there are fewer prompts they are used again, each time with another seed; greedy
-    decoding, which would write the same again, uses each once."""
-    sampling: Sampling = Sampling()
-    """How the next token is chosen."""
-    chat: bool = False
-    """A prompt is a user's message and the text the answer to it. Otherwise the text goes on from the prompt."""
-    batch_size: int = Field(default=8, ge=1)
-    """Prompts continued together by a model in this process."""
-    server: ServerConfig | None = None
-    """Have a server write; None is the source model in this process."""
-    min_tokens: int = Field(default=0, ge=0)
-    """Drop what has fewer new tokens."""
-    max_repetition: float = Field(default=0.5, ge=0, le=1)
-    """Drop what repeats itself: the share of its runs of four words that came before in it. 1 keeps everything."""
-    deduplicate: bool = True
-    """Drop what an earlier text says word for word, white space aside."""
 
 
 class _Row(TypedDict):

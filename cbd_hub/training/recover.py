@@ -33,10 +33,12 @@ from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.hub.cards import recovered_card
 from cbd_hub.interpolation.materialize import whole_folder
 from cbd_hub.manifest.manifest import MANIFEST_NAME, Training
-from cbd_hub.text.documents import DataConfig, Documents
+from cbd_hub.text.documents import Documents
 from cbd_hub.text.packing import mix, pack
+from cbd_hub.text.settings import DataConfig
 from cbd_hub.text.splits import load_splits
-from cbd_hub.training.distill import DistillationConfig, distill
+from cbd_hub.training.distill import distill
+from cbd_hub.training.settings import DistillationConfig
 
 __all__ = [
     "RecoverConfig",

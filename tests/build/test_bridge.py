@@ -25,16 +25,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub import Chain, from_chain
-from cbd_hub.build.bridge import BridgeConfig, Founding, choose, found
+from cbd_hub.build.bridge import Founding, choose, found
 from cbd_hub.build.build import build_chain
 from cbd_hub.build.recipe import load_recipe
+from cbd_hub.build.settings import BridgeConfig
 from cbd_hub.errors import RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.hub.cards import anchor_card, chain_card
 from cbd_hub.manifest.manifest import Bridge
-from cbd_hub.text.documents import DataConfig, load_documents
+from cbd_hub.text.documents import load_documents
 from cbd_hub.text.packing import pack, train_tokenizer
-from cbd_hub.training.distill import DistillationConfig
+from cbd_hub.text.settings import DataConfig
+from cbd_hub.training.settings import DistillationConfig
 
 GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 64}
 TRAINING = {"tokens": 2048, "learning_rate": 3e-3, "batch_size": 4, "hidden": 0}

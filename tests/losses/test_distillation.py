@@ -14,7 +14,8 @@ from transformers import AutoConfig
 
 from cbd_hub.errors import RecipeError
 from cbd_hub.losses.distillation import distillation_loss, hidden_and_head, hidden_state_loss
-from cbd_hub.losses.divergences import Divergence, DivergenceName
+from cbd_hub.losses.divergences import Divergence
+from cbd_hub.losses.names import DivergenceName
 
 B, S, HS, HT, V = 4, 9, 16, 24, 61
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

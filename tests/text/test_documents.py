@@ -13,8 +13,9 @@ from tiny_text import make_documents, make_files, texts
 from transformers import PreTrainedTokenizerFast
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.text.documents import DataConfig, DatasetSource, SourceConfig, load_documents, read_source
+from cbd_hub.text.documents import load_documents, read_source
 from cbd_hub.text.packing import pack, train_tokenizer
+from cbd_hub.text.settings import DataConfig, DatasetSource, SourceConfig
 
 # -- config ----------------------------------------------------------------------------------------------------------
 

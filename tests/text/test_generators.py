@@ -17,8 +17,9 @@ from tiny_text import make_documents
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.text.generators import Generator, LocalGenerator, Sampling, ServerGenerator, _RowSampler
+from cbd_hub.text.generators import Generator, LocalGenerator, ServerGenerator, _RowSampler
 from cbd_hub.text.packing import train_tokenizer
+from cbd_hub.text.settings import Sampling
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
 SAMPLED = Sampling(max_new_tokens=12)

@@ -18,8 +18,9 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.text.documents import DataConfig, load_documents
+from cbd_hub.text.documents import load_documents
 from cbd_hub.text.packing import block_batches, mix, pack, token_batches, train_tokenizer
+from cbd_hub.text.settings import DataConfig
 from cbd_hub.text.splits import load_splits, split_documents
 
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from tiny_text import make_documents, make_files, make_text, texts
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.text.documents import DataConfig
+from cbd_hub.text.settings import DataConfig
 from cbd_hub.text.splits import Splits, load_splits, split_documents
 
 NAMES = ("train", "validation", "test")

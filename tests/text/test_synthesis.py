@@ -17,20 +17,10 @@ from tiny_text import make_documents, make_text
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.text.documents import DatasetSource
-from cbd_hub.text.generators import Continuation, LocalGenerator, Sampling, ServerGenerator
+from cbd_hub.text.generators import Continuation, LocalGenerator, ServerGenerator
 from cbd_hub.text.packing import train_tokenizer
-from cbd_hub.text.synthesis import (
-    SHARD,
-    GenerationConfig,
-    ServerConfig,
-    corpus_prompts,
-    fingerprint,
-    keep,
-    make_generator,
-    read_prompts,
-    synthesize,
-)
+from cbd_hub.text.settings import DatasetSource, GenerationConfig, Sampling, ServerConfig
+from cbd_hub.text.synthesis import SHARD, corpus_prompts, fingerprint, keep, make_generator, read_prompts, synthesize
 
 SAMPLING = Sampling(max_new_tokens=6)
 CONFIG = GenerationConfig(documents=150, prompt_tokens=3, sampling=SAMPLING)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from cbd_hub.errors import RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.manifest.index_maps import IndexMap, kept_hidden
-from cbd_hub.training.distill import DistillationConfig, block_ends, distill
+from cbd_hub.training.distill import block_ends, distill
+from cbd_hub.training.settings import DistillationConfig
 
 FAST = DistillationConfig(tokens=2 * 4 * LENGTH, batch_size=4, learning_rate=1e-3)
 

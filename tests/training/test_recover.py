@@ -18,10 +18,10 @@ from cbd_hub.chain.chain import Chain
 from cbd_hub.chain.export import write_model
 from cbd_hub.errors import ChainNotFoundError, OutputExistsError, RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
-from cbd_hub.text.documents import DataConfig
 from cbd_hub.text.packing import train_tokenizer
-from cbd_hub.training.distill import DistillationConfig
+from cbd_hub.text.settings import DataConfig
 from cbd_hub.training.recover import RecoverConfig, _blocks, plot_recovery, recover, recover_folder, recover_on_text
+from cbd_hub.training.settings import DistillationConfig
 
 LENGTH, BATCH = 32, 4
 STEP = LENGTH * BATCH

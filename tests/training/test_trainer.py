@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback,
 
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.training.distill import block_ends, distill
-from cbd_hub.training.trainer import AnchorTrainer, DistillationConfig, collate
+from cbd_hub.training.settings import DistillationConfig
+from cbd_hub.training.trainer import AnchorTrainer, collate
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 DEEPSPEED = [
