@@ -25,7 +25,8 @@ from cbd_hub.initialization.refit import refit
 from cbd_hub.interpolation.materialize import build_model, cut, make_tensor, target_config
 from cbd_hub.interpolation.operations import list_operations
 from cbd_hub.interpolation.plan import Plan
-from cbd_hub.manifest.index_maps import IndexMap, kept_hidden
+from cbd_hub.losses.heads import kept_hidden
+from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.training.distill import block_ends, distill
 from cbd_hub.training.settings import DistillationConfig
 

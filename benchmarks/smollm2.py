@@ -32,7 +32,8 @@ from cbd_hub.initialization.refit import REFIT_TOKENS, refit
 from cbd_hub.interpolation.materialize import build_model, cut, make_tensor, target_config
 from cbd_hub.interpolation.operations import list_operations
 from cbd_hub.interpolation.plan import Plan
-from cbd_hub.manifest.index_maps import IndexMap, kept_hidden
+from cbd_hub.losses.heads import kept_hidden
+from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.text.documents import load_documents
 from cbd_hub.text.packing import pack
 from cbd_hub.training.distill import distill

@@ -48,6 +48,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from cbd_hub import Chain, from_chain
+from cbd_hub.chain.assemble import open_weights
 from cbd_hub.interpolation.checkpoints import find_files
 from cbd_hub.manifest.manifest import read_manifest
 
@@ -93,7 +94,7 @@ def case_of(folder: Path) -> Case:
     """What from_chain reads of the chain in a folder, from its plan and the files' headers."""
     chain = Chain.from_pretrained(folder / "chain")
     plan = chain.plan(middle(chain.manifest))
-    stored = {anchor.name: chain.checkpoint(anchor, progress=False).tensors for anchor in chain.manifest.anchors}
+    stored = {anchor.name: open_weights(chain, anchor, progress=False).tensors for anchor in chain.manifest.anchors}
     read = {(plan.large, op.large) for op in plan.operations} | {(plan.small, op.small) for op in plan.operations}
     runs = sorted(
         (info.file, info.start, info.stop) for anchor, name in read if name for info in [stored[anchor][name]]

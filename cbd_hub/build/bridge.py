@@ -42,7 +42,7 @@ from cbd_hub.initialization.refit import can_refit, refit
 from cbd_hub.initialization.transplant import embeddings_into, transplant_vocabulary
 from cbd_hub.interpolation.materialize import cut
 from cbd_hub.losses.cross_vocabulary import Across
-from cbd_hub.manifest.index_maps import kept_hidden
+from cbd_hub.losses.heads import kept_hidden
 from cbd_hub.manifest.manifest import Bridge, Training
 from cbd_hub.text.documents import Documents
 from cbd_hub.text.packing import mix, pack

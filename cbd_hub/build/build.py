@@ -37,8 +37,9 @@ from cbd_hub.hub.read import Location
 from cbd_hub.initialization.refit import can_refit, refit
 from cbd_hub.interpolation.checkpoints import checksum_file
 from cbd_hub.interpolation.materialize import cut, parse_dtype
+from cbd_hub.losses.heads import kept_hidden
 from cbd_hub.manifest import manifest as manifests
-from cbd_hub.manifest.index_maps import IndexMap, kept_hidden, read_index_map, save_index_maps
+from cbd_hub.manifest.index_maps import IndexMap, read_index_map, save_index_maps
 from cbd_hub.manifest.manifest import Anchor, Bridge, Manifest, Training
 from cbd_hub.training.distill import distill
 

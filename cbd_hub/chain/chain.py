@@ -1,45 +1,31 @@
-"""``from_chain``: carry out a plan, one tensor at a time, and hand back an ordinary transformers model.
+"""A chain as its user meets it: opened, planned, and made into models.
 
-Nothing but the manifest is read until a plan stands; then the two anchors' headers are checked against it, and only
-then are weights read: each tensor once, blended in float32, cast once, and its sources dropped before the next. Peak
-memory stays near the target's size plus the largest pair of source tensors.
+Nothing but the manifest is read until a plan stands, and neither torch nor transformers is imported: they come with
+:mod:`cbd_hub.chain.assemble`, which carries a plan out.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from importlib.metadata import version
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from huggingface_hub.utils.tqdm import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
-
-from cbd_hub.axes.architectures import AXIS_MAPS, axis_map_for
-from cbd_hub.axes.sizing import Sizes
-from cbd_hub.chain.refine import choose, load_calibration
-from cbd_hub.errors import ChainNotFoundError, IntegrityError, ManifestError
-from cbd_hub.hub.publish import Published, publish
+from cbd_hub.errors import ChainNotFoundError, IntegrityError
+from cbd_hub.hub.chain_files import checked_file, copy_chain
 from cbd_hub.hub.read import Location
-from cbd_hub.hub.sources import (
-    anchor_place,
-    checked_file,
-    copy_chain,
-    open_checkpoint,
-    read_checksums,
-    reader,
-    weight_files,
-)
-from cbd_hub.hub.untrusted import guarded, read_config, read_generation_config, read_tokenizer
-from cbd_hub.interpolation.checkpoints import Checkpoint, Digest
-from cbd_hub.interpolation.materialize import Read, build_model, make_tensor, parse_dtype, target_config
-from cbd_hub.interpolation.plan import Plan, make_plan, needed_by
-from cbd_hub.interpolation.ranges import Run
+from cbd_hub.interpolation.plan import Plan, make_plan
 from cbd_hub.manifest import manifest as manifests
 from cbd_hub.manifest.index_maps import IndexMap, load_index_maps
 from cbd_hub.manifest.manifest import Anchor, Manifest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    from cbd_hub.hub.publish import Published
+    from cbd_hub.interpolation.checkpoints import Digest
 
 __all__ = ["Chain", "ChainAnchor", "from_chain"]
 
@@ -66,7 +52,7 @@ class ChainAnchor:
         """Sizes in the architecture's own config fields."""
         return dict(self.entry.shape)
 
-    def load(self, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    def load(self, dtype: "str | torch.dtype" = "auto") -> "PreTrainedModel":
         """Returns the anchor as a transformers model, bit for bit.
 
         Raises:
@@ -123,7 +109,7 @@ class Chain:
         return [ChainAnchor(self, entry) for entry in self.manifest.anchors]
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> "Tokenizer":
         """The chain's tokenizer.
 
         Raises:
@@ -131,6 +117,8 @@ class Chain:
         """
         if not self.manifest.tokenizer:
             raise IntegrityError(f"the chain {self.manifest.name!r} ships no tokenizer")
+        from cbd_hub.hub.untrusted import read_tokenizer
+
         paths = [checked_file(self.location, name, entry) for name, entry in self.manifest.tokenizer.items()]
         return read_tokenizer(paths, self.manifest.name if self.location.is_local else self.location.place)
 
@@ -142,11 +130,15 @@ class Chain:
         return load_index_maps(self.manifest, path)
 
     @cached_property
-    def _checksums(self) -> dict[str, dict[str, Digest]]:
-        return read_checksums(self.manifest, self.location)
+    def checksums(self) -> "dict[str, dict[str, Digest]]":
+        """Anchor → tensor → digest; empty where the chain ships none.
 
-    def _entry(self, name: str) -> Anchor:
-        return next(a for a in self.manifest.anchors if a.name == name)
+        Raises:
+            IntegrityError: The file is not what the manifest says, or malformed.
+        """
+        from cbd_hub.hub.sources import read_checksums
+
+        return read_checksums(self.manifest, self.location)
 
     def plan(
         self,
@@ -165,44 +157,8 @@ class Chain:
         """
         return make_plan(self.manifest, self.index_maps, num_parameters, shape, alpha, method, tolerance)
 
-    def checkpoint(
-        self, anchor: Anchor, needed: Mapping[str, Sequence[Run]] | None = None, progress: bool = True
-    ) -> Checkpoint:
-        """Opens an anchor's weights and checks their headers against the manifest; reads no weight.
-
-        Args:
-            anchor: The anchor.
-            needed: Parameter → byte runs of it that will be read, so that no more is fetched; None is everything.
-            progress: Show a progress bar while ranges are fetched.
-
-        Raises:
-            IntegrityError: Damaged files, or other tensors than the manifest says.
-        """
-        place, checksums = anchor_place(self.location, anchor), self._checksums.get(anchor.name)
-        return open_checkpoint(place, anchor, self.manifest.resolved_axis_map, checksums, needed, progress)
-
-    def config(self, anchor: Anchor) -> PreTrainedConfig:
-        """Returns an anchor's transformers config, checked against the manifest.
-
-        Raises:
-            IntegrityError: The file differs from the manifest's hash.
-            ManifestError: The config contradicts the manifest's shape or axis map.
-        """
-        place, axis_map = anchor_place(self.location, anchor), self.manifest.resolved_axis_map
-        path = checked_file(place, "config.json", anchor.files["config.json"])
-        what = f"config.json of anchor {anchor.name!r}"
-        config = read_config(path, what, self.manifest.architecture, axis_map, anchor.shape)
-        if config.model_type in AXIS_MAPS:
-            known = axis_map_for(config)
-            if replace(known, free=()) != replace(axis_map, free=()):
-                raise ManifestError(
-                    f"the manifest's axis map is not that of {config.model_type!r} models; the chain was made by "
-                    "another version or altered"
-                )
-        return config
-
     @cached_property
-    def calibration(self) -> torch.Tensor | None:
+    def calibration(self) -> "torch.Tensor | None":
         """The token ids (N, S) that the chain ships for ``refine``; None where it ships none.
 
         Raises:
@@ -210,12 +166,14 @@ class Chain:
         """
         if self.manifest.calibration is None:
             return None
+        from cbd_hub.chain.refine import load_calibration
+
         path = checked_file(self.location, manifests.CALIBRATION_NAME, self.manifest.calibration)
         return load_calibration(self.manifest, path)
 
     def initialize(
-        self, plan: Plan, refine: bool = False, *, dtype: str | torch.dtype = "auto", progress: bool = True
-    ) -> PreTrainedModel:
+        self, plan: Plan, refine: bool = False, *, dtype: "str | torch.dtype" = "auto", progress: bool = True
+    ) -> "PreTrainedModel":
         """Carries out a plan: reads, interpolates and returns the model.
 
         Args:
@@ -232,60 +190,9 @@ class Chain:
             IntegrityError: The anchors' files are not what the manifest says.
             ManifestError: A config contradicts the manifest, or the chain ships no calibration tokens to refine on.
         """
-        large, small = self._entry(plan.large), self._entry(plan.small)
-        axis_map = self.manifest.resolved_axis_map
-        out_dtype = parse_dtype(large.dtype if dtype == "auto" else dtype)
-        if refine and plan.method != "anchor":
-            if self.calibration is None:
-                raise ManifestError(f"the chain {self.manifest.name!r} ships no calibration tokens to refine on")
-            for anchor in (large, small):  # the candidates differ in what they need, and one needs everything
-                for name in weight_files(anchor):
-                    anchor_place(self.location, anchor).file(name)
-            make = partial(self.initialize, dtype=torch.float32, progress=False)
-            load_large = partial(ChainAnchor(self, large).load, torch.float32)
-            return choose(plan, self.manifest, make, load_large, self.calibration, out_dtype, progress)
-        config = target_config(self.config(large), axis_map, plan)
-        if small is not large:
-            self.config(small)  # checked, though what a model needs of it stands in the manifest
-        needed = needed_by(self.manifest, large, small, plan.sizes, plan.index_map, plan.operations)
+        from cbd_hub.chain.assemble import assemble
 
-        def source(entry: Anchor) -> tuple[Sizes, Read]:
-            read: Read = _unread
-            if needed[entry.name]:
-                checkpoint = self.checkpoint(entry, needed[entry.name], progress)
-                read = reader(anchor_place(self.location, entry), checkpoint)
-            return axis_map.sizes(entry.shape), read
-
-        large_source = source(large)
-        small_source = large_source if small is large else source(small)
-        state = {}
-        for op in tqdm(
-            plan.operations, desc=f"{plan.method} {self.manifest.name}", unit="tensor", disable=not progress
-        ):
-            state[op.name] = make_tensor(
-                op, axis_map, plan.index_map, large_source, small_source, plan.sizes, out_dtype
-            )
-        model = guarded(f"config.json of anchor {large.name!r}", partial(build_model, config, state, out_dtype))
-        if "generation_config.json" in large.files:
-            place = anchor_place(self.location, large)
-            path = checked_file(place, "generation_config.json", large.files["generation_config.json"])
-            model.generation_config = read_generation_config(path)
-        self._sign(model, plan)
-        return model
-
-    def _sign(self, model: PreTrainedModel, plan: Plan) -> None:
-        """Writes the model's origin into its config."""
-        place = self.manifest.name if self.location.is_local else self.location.place
-        model.config.cbd_hub = {
-            "chain": place,
-            "revision": self.location.revision,
-            "anchors": list(dict.fromkeys([plan.small, plan.large])),
-            "alpha": plan.alpha,
-            "method": plan.method,
-            "version": version("cbd_hub"),
-        }
-        named = "" if self.location.is_local else place  # cards would take a local chain's name for a repository
-        model.config._name_or_path = model.name_or_path = named
+        return assemble(self, plan, refine, dtype, progress)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies the whole chain, anchors included, into an empty folder, from which it can be used offline.
@@ -308,7 +215,7 @@ class Chain:
         license: str | None = None,
         dry_run: bool = False,
         progress: bool = True,
-    ) -> Published:
+    ) -> "Published":
         """Publishes the chain: a repository for each anchor, one for the chain, and a Collection.
 
         The arguments are those of :func:`cbd_hub.hub.publish.publish`. Pushing again uploads only what changed.
@@ -318,6 +225,8 @@ class Chain:
                 manifest that was published last stays valid, and the next push finishes the work.
             IntegrityError: A file of the chain is not what the manifest says; nothing was uploaded.
         """
+        from cbd_hub.hub.publish import publish
+
         return publish(
             self.manifest,
             self.location,
@@ -333,10 +242,6 @@ class Chain:
         )
 
 
-def _unread(name: str) -> torch.Tensor:
-    raise IntegrityError(f"{name!r} was not planned to be read")
-
-
 def from_chain(
     chain: str | Path,
     num_parameters: int | str | None = None,
@@ -346,13 +251,13 @@ def from_chain(
     method: str = "auto",
     refine: bool = False,
     tolerance: float = 0.01,
-    dtype: str | torch.dtype = "auto",
+    dtype: "str | torch.dtype" = "auto",
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Makes a model of any size from a chain: no training, no teacher.
 
     The two anchors next to the size are interpolated, ``alpha * small + (1 - alpha) * large`` wherever both have a

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from cbd_hub.chain.chain import Chain
+from cbd_hub.files import whole_folder
 from cbd_hub.hub import cards
-from cbd_hub.interpolation.materialize import whole_folder
 from cbd_hub.interpolation.plan import Plan
 
 __all__ = ["write_model"]

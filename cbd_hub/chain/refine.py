@@ -24,7 +24,8 @@ from cbd_hub.evaluation.held_out import evaluate_loss, render_progress
 from cbd_hub.initialization.refit import REFIT_TOKENS, can_refit, refit
 from cbd_hub.interpolation.operations import list_operations
 from cbd_hub.interpolation.plan import Plan
-from cbd_hub.manifest.index_maps import IndexMap, kept_hidden
+from cbd_hub.losses.heads import kept_hidden
+from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.manifest.manifest import Manifest
 
 __all__ = ["SCREEN_TOKENS", "Candidate", "choose", "list_candidates", "load_calibration", "save_calibration"]

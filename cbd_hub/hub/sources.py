@@ -1,23 +1,21 @@
-"""Where the files of a chain are: the place of each anchor, files checked against the manifest, and opened weights.
+"""The weights of an anchor, opened.
 
 Weights come from a whole file where one is at hand or nearly all of it is needed, and otherwise from the byte ranges
 that a plan needs. Either way the headers are checked before a weight is read.
 """
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub.utils.tqdm import tqdm
 from pydantic import TypeAdapter, ValidationError
 
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.errors import ChainNotFoundError, IntegrityError
+from cbd_hub.hub.chain_files import checked_file, dropping_damage
 from cbd_hub.hub.read import Location, NoRangesError
 from cbd_hub.interpolation.checkpoints import Checkpoint, Digest, read_header
-from cbd_hub.interpolation.materialize import Read, parse_dtype, whole_folder
+from cbd_hub.interpolation.materialize import Read, parse_dtype
 from cbd_hub.interpolation.plan import nearly_all
 from cbd_hub.interpolation.ranges import Run, count_bytes
 from cbd_hub.manifest import manifest as manifests
@@ -25,10 +23,6 @@ from cbd_hub.manifest.json_files import read_json
 from cbd_hub.manifest.manifest import Anchor, FileEntry, Manifest
 
 __all__ = [
-    "anchor_place",
-    "checked_file",
-    "copy_chain",
-    "dropping_damage",
     "open_checkpoint",
     "reader",
     "weight_files",
@@ -40,62 +34,6 @@ _HEADER = 1 << 17
 
 NeededRuns = Mapping[str, Sequence[Run]]
 """Parameter name → runs within the tensor that are needed."""
-
-
-def anchor_place(chain: Location, anchor: Anchor) -> Location:
-    """Returns where an anchor's files are: a repository of its own, or a folder of the chain's."""
-    if anchor.repo_id:
-        return chain.elsewhere(anchor.repo_id, anchor.revision).inside(anchor.subfolder)
-    return chain.inside(anchor.subfolder)
-
-
-@contextmanager
-def dropping_damage(place: Location) -> Iterator[None]:
-    """Drops a fetched file that turned out to be damaged, so that the next call fetches it again."""
-    try:
-        yield
-    except IntegrityError as error:
-        place.forget(error.path)
-        raise
-
-
-def checked_file(place: Location, name: str, entry: FileEntry) -> Path:
-    """Returns the local path of a file whose size and SHA-256 are what the manifest says.
-
-    Raises:
-        ChainNotFoundError: It cannot be had.
-        IntegrityError: It differs.
-    """
-    try:
-        path = place.file(name)
-    except ChainNotFoundError as error:
-        if place.is_local:
-            raise IntegrityError(f"{error}, which the manifest names") from None
-        raise
-    with dropping_damage(place):
-        manifests.check_file(path, entry)
-    return path
-
-
-def copy_chain(manifest: Manifest, chain: Location, folder: Path) -> None:
-    """Copies a chain, anchors included, into an empty folder; its manifest then names that folder's own files.
-
-    Raises:
-        OutputExistsError: The folder is not empty.
-        IntegrityError: A file is not what the manifest says; nothing is left behind then.
-    """
-    wanted = [(chain, "", name, entry) for name, entry in manifest.top_files.items()]
-    anchors = []
-    for anchor in manifest.anchors:
-        inner = f"anchors/{anchor.name}"
-        wanted += [(anchor_place(chain, anchor), inner, name, entry) for name, entry in anchor.files.items()]
-        anchors.append(anchor.model_copy(update={"repo_id": None, "revision": None, "subfolder": inner}))
-    with whole_folder(folder) as temporary:
-        for place, inner, name, entry in tqdm(wanted, desc="copying", unit="file"):
-            destination = temporary / inner / name
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checked_file(place, name, entry), destination)
-        manifests.write_manifest(manifest.model_copy(update={"anchors": anchors}), temporary)
 
 
 def read_checksums(manifest: Manifest, chain: Location) -> dict[str, dict[str, Digest]]:
@@ -136,7 +74,7 @@ def open_checkpoint(
     """Opens an anchor's weights and checks their headers against the manifest; reads no weight.
 
     Args:
-        place: From :func:`anchor_place`.
+        place: From :func:`cbd_hub.hub.chain_files.anchor_place`.
         anchor: Its entry in the manifest.
         axis_map: The resolved map of the family.
         checksums: Digest of every tensor; None checks whole files against their SHA-256 instead.

@@ -21,9 +21,9 @@ import xxhash
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
 from cbd_hub.errors import AxisMapError, IntegrityError
+from cbd_hub.interpolation.ranges import BLOCK
 
 __all__ = [
-    "BLOCK",
     "DTYPES",
     "Checkpoint",
     "Digest",
@@ -42,8 +42,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """safetensors dtype name → torch dtype, for the dtypes that weights are published in."""
 
-BLOCK = 1 << 19
-"""Bytes of a tensor that have a digest of their own, so that a part of it can be checked without the rest."""
 
 Digest = str | list[str]
 """Of a tensor: one string where it is no larger than a block, otherwise one a block."""

@@ -4,12 +4,9 @@
 assembly (anchors on disk) and building (a student cut out of a teacher in memory) alike.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,14 +15,21 @@ from transformers.utils import logging
 
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
-from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
+from cbd_hub.errors import AxisMapError, SizeError
 from cbd_hub.interpolation.checkpoints import DTYPES
 from cbd_hub.interpolation.operations import TensorOp, taken_units
 from cbd_hub.interpolation.plan import Plan, plan_subset
 from cbd_hub.interpolation.tensors import combine, expand, rescale
 from cbd_hub.manifest.index_maps import IndexMap
 
-__all__ = ["Read", "build_model", "cut", "make_tensor", "parse_dtype", "target_config", "whole_folder"]
+__all__ = [
+    "Read",
+    "build_model",
+    "cut",
+    "make_tensor",
+    "parse_dtype",
+    "target_config",
+]
 
 Read = Callable[[str], torch.Tensor]
 """Reads one parameter of an anchor by its transformers name; the tensor is neither changed nor kept."""
@@ -152,29 +156,6 @@ def cut(model: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, i
         for op in plan.operations
     }
     return build_model(target_config(model.config, axis_map, plan), tensors, model.dtype)
-
-
-@contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """Gives a temporary folder to write into, which becomes ``folder`` at the end, or vanishes on an error.
-
-    A killed process leaves a hidden folder beside ``folder``, never half of ``folder`` itself.
-
-    Raises:
-        OutputExistsError: ``folder`` holds something, or is a file; nothing was changed then.
-    """
-    target = Path(folder).expanduser().resolve()  # "." has a name of its own
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputExistsError(f"{folder} is not empty; name a new folder, or empty it first (nothing was changed)")
-    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

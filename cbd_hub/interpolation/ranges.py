@@ -1,7 +1,7 @@
 """Which bytes of an anchor's tensors a plan needs, so that a pull can fetch these and no others.
 
 Layers that the target lacks are not needed at all, and of other tensors only the rows (stored dimension 0) that the
-target takes, widened to whole blocks of :data:`cbd_hub.interpolation.checkpoints.BLOCK` bytes: these have digests of
+target takes, widened to whole blocks of :data:`BLOCK` bytes: these have digests of
 their own, and for less a request more would cost as much as the bytes. Integers only.
 """
 
@@ -12,11 +12,13 @@ import numpy as np
 
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
-from cbd_hub.interpolation.checkpoints import BLOCK
 from cbd_hub.interpolation.operations import TensorOp, taken_units
 from cbd_hub.manifest.index_maps import IndexMap
 
-__all__ = ["Run", "count_bytes", "merge", "needed_runs", "subtract"]
+__all__ = ["BLOCK", "Run", "count_bytes", "merge", "needed_runs", "subtract"]
+
+BLOCK = 1 << 19
+"""Bytes of a tensor that have a digest of their own, so that a part of it can be checked without the rest."""
 
 Run = tuple[int, int]
 """First byte and the byte behind the last one."""

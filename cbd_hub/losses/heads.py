@@ -10,8 +10,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from cbd_hub.losses.distillation import Head, hidden_and_head
+from cbd_hub.manifest.index_maps import IndexMap
 
-__all__ = ["head_of", "run_model", "unhooked"]
+__all__ = ["head_of", "kept_hidden", "run_model", "unhooked"]
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -47,3 +48,9 @@ def run_model(
     few = {} if whole else {"logits_to_keep": 1}
     outputs = forward(**batch, use_cache=False, output_hidden_states=True, **few)
     return outputs.logits if whole else outputs.hidden_states[-1], outputs.hidden_states
+
+
+def kept_hidden(index_map: IndexMap, small_hidden: int, large_hidden: int) -> Tensor | None:
+    """Returns the teacher's hidden coordinates that the student kept, (small_hidden,) int64; None for all in order."""
+    kept = torch.from_numpy(index_map.order("hidden", None, large_hidden)[:small_hidden].copy())
+    return None if torch.equal(kept, torch.arange(large_hidden)) else kept

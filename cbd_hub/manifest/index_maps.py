@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
 
 from cbd_hub.errors import IntegrityError
 from cbd_hub.manifest.manifest import Anchor, Manifest
 
-__all__ = ["IndexMap", "kept_hidden", "load_index_maps", "read_index_map", "save_index_maps"]
+__all__ = ["IndexMap", "load_index_maps", "read_index_map", "save_index_maps"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,6 @@ class IndexMap:
         if order is None:
             return np.arange(size, dtype=np.int64)
         return (order if order.ndim == 1 else order[layer]).astype(np.int64)
-
-
-def kept_hidden(index_map: IndexMap, small_hidden: int, large_hidden: int) -> Tensor | None:
-    """Returns the teacher's hidden coordinates that the student kept, (small_hidden,) int64; None for all in order."""
-    kept = torch.from_numpy(index_map.order("hidden", None, large_hidden)[:small_hidden].copy())
-    return None if torch.equal(kept, torch.arange(large_hidden)) else kept
 
 
 def save_index_maps(maps: Mapping[str, IndexMap], path: Path) -> None:

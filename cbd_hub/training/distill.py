@@ -22,12 +22,18 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from cbd_hub.errors import RecipeError
 from cbd_hub.losses.cross_vocabulary import Across
-from cbd_hub.manifest.index_maps import IndexMap, kept_hidden
+from cbd_hub.losses.heads import kept_hidden
+from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.manifest.manifest import Training
 from cbd_hub.training.settings import DistillationConfig
 from cbd_hub.training.trainer import AnchorTrainer, collate
 
-__all__ = ["AnchorTrainer", "block_ends", "collate", "distill"]
+__all__ = [
+    "AnchorTrainer",
+    "block_ends",
+    "collate",
+    "distill",
+]
 
 # What accelerate leaves on a model that it prepared; the first two would run it under autocast ever after.
 _LEFT_BEHIND = ("forward", "_original_forward", "_is_accelerate_prepared")

@@ -30,8 +30,8 @@ from cbd_hub.axes.sizing import format_count
 from cbd_hub.chain.chain import Chain
 from cbd_hub.errors import ChainNotFoundError, RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
+from cbd_hub.files import whole_folder
 from cbd_hub.hub.cards import recovered_card
-from cbd_hub.interpolation.materialize import whole_folder
 from cbd_hub.manifest.manifest import MANIFEST_NAME, Training
 from cbd_hub.text.documents import Documents
 from cbd_hub.text.packing import mix, pack

@@ -60,7 +60,7 @@ class AnchorTrainer(Trainer):
         ends: Teacher layer that each student layer meets (:func:`cbd_hub.training.distill.block_ends`); None compares
             no hidden states.
         kept: The teacher's hidden coordinates, in the student's order
-            (:func:`cbd_hub.manifest.index_maps.kept_hidden`); None for all.
+            (:func:`cbd_hub.losses.heads.kept_hidden`); None for all.
         across: The teacher has another vocabulary: what meets what. Batches then hold its tokens of the same text too.
 
     Raises:

@@ -25,6 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from cbd_hub.axes.architectures import AXIS_MAPS, axis_map_for
 from cbd_hub.axes.axis_map import AxisMap
+from cbd_hub.chain.assemble import anchor_config, open_weights
 from cbd_hub.chain.chain import Chain, from_chain
 from cbd_hub.errors import (
     CbdError,
@@ -184,9 +185,9 @@ def test_any_size_is_a_plain_transformers_model(
 @pytest.mark.parametrize("variant", ["gemma3_text", "qwen2-sliding", "smollm3-nope"])
 def test_lists_of_a_layer_each_follow_the_layers(chain_of: Callable[..., Path], variant: str) -> None:
     chain = Chain.from_pretrained(chain_of(variant))
-    large, small = chain.config(chain.manifest.anchors[0]), chain.manifest.anchors[1]
+    large, small = anchor_config(chain, chain.manifest.anchors[0]), chain.manifest.anchors[1]
     kept = sorted((small.layer_order or [])[: chain.manifest.sizes(small)["layers"]])
-    cut = chain.config(small)
+    cut = anchor_config(chain, small)
     for name in ("layer_types", "no_rope_layers"):
         if getattr(large, name, None):
             assert getattr(cut, name) == [getattr(large, name)[i] for i in kept]
@@ -210,7 +211,7 @@ def test_an_anchor_comes_back_bit_for_bit(chain_of: Callable[..., Path], variant
             assert set(state) == set(original)
             assert all(torch.equal(state[k], original[k]) for k in state)
         config = anchor.load().config
-        wanted = chain.config(anchor.entry).to_dict() | anchor.shape | {"cbd_hub": config.cbd_hub}
+        wanted = anchor_config(chain, anchor.entry).to_dict() | anchor.shape | {"cbd_hub": config.cbd_hub}
         assert {**config.to_dict(), "_name_or_path": ""} == {**wanted, "_name_or_path": ""}
 
 
@@ -391,7 +392,7 @@ def test_bytes_to_read_are_the_bytes_read(chain_of: Callable[..., Path], variant
         for pair in (0, 1):
             plan = chain.plan(middle_size(folder, pair), method=method)
             entries = {a.name: a.entry for a in chain.anchors}
-            files = {name: chain.checkpoint(entries[name]) for name in (plan.large, plan.small)}
+            files = {name: open_weights(chain, entries[name]) for name in (plan.large, plan.small)}
             large, small = [(axis_map.sizes(entries[n].shape), files[n].read) for n in (plan.large, plan.small)]
             for op in plan.operations:
                 tensor = make_tensor(op, axis_map, plan.index_map, large, small, plan.sizes, dtype)

@@ -15,7 +15,8 @@ from tiny_models import VARIANTS, tiny_config
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.errors import IntegrityError
-from cbd_hub.interpolation.checkpoints import BLOCK, Checkpoint, checksum, checksum_file, find_files, read_header
+from cbd_hub.interpolation.checkpoints import Checkpoint, checksum, checksum_file, find_files, read_header
+from cbd_hub.interpolation.ranges import BLOCK
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from tiny_models import tiny_config, tiny_model
 from cbd_hub.alignment.importance import rank
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
-from cbd_hub.interpolation.materialize import build_model, make_tensor, parse_dtype, target_config, whole_folder
+from cbd_hub.files import whole_folder
+from cbd_hub.interpolation.materialize import build_model, make_tensor, parse_dtype, target_config
 from cbd_hub.interpolation.plan import plan_subset
 from cbd_hub.manifest.index_maps import IndexMap
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_chain import make_chain, variant_model
 
+from cbd_hub.chain.assemble import open_weights
 from cbd_hub.chain.chain import Chain
 from cbd_hub.interpolation import ranges
 from cbd_hub.interpolation.checkpoints import read_header
@@ -69,7 +70,7 @@ def test_bytes_that_are_not_asked_for_are_not_needed(
     plan = chain.plan((large.num_parameters + small.num_parameters) // 2, tolerance=0.1, **how)
     needed = needed_by(manifest, large, small, plan.sizes, plan.index_map, plan.operations)
     axis_map = manifest.resolved_axis_map
-    opened = {anchor.name: chain.checkpoint(anchor) for anchor in (large, small)}
+    opened = {anchor.name: open_weights(chain, anchor) for anchor in (large, small)}
 
     def read(anchor: str, name: str, poisoned: bool) -> torch.Tensor:
         tensor = opened[anchor].read(name).clone()
@@ -108,7 +109,7 @@ def test_whole_blocks_of_layers_are_left_out(tmp_path: Path) -> None:
     plan = chain.plan(shape=shape, method="prune")
     needed = needed_by(chain.manifest, large, small, plan.sizes, plan.index_map, plan.operations)[large.name]
     assert all(len(runs) == 1 for runs in needed.values())
-    left_out = set(chain.checkpoint(large).tensors) - set(needed)
+    left_out = set(open_weights(chain, large).tensors) - set(needed)
     layers = chain.manifest.sizes(large)["layers"] - plan.sizes["layers"]
     assert len({name.split(".")[2] for name in left_out}) == layers > 0
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from cbd_hub.errors import RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
-from cbd_hub.manifest.index_maps import IndexMap, kept_hidden
+from cbd_hub.losses.heads import kept_hidden
+from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.training.distill import block_ends, distill
 from cbd_hub.training.settings import DistillationConfig
 

@@ -1,0 +1,151 @@
+"""Carrying a plan out: read, interpolate, and hand back an ordinary transformers model.
+
+The two anchors' headers are checked against the plan, and only then are weights read: each tensor once, blended in
+float32, cast once, and its sources dropped before the next. Peak memory stays near the target's size plus the largest
+pair of source tensors.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub.utils.tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from cbd_hub.axes.architectures import AXIS_MAPS, axis_map_for
+from cbd_hub.axes.sizing import Sizes
+from cbd_hub.chain.refine import choose
+from cbd_hub.errors import IntegrityError, ManifestError
+from cbd_hub.hub.chain_files import anchor_place, checked_file
+from cbd_hub.hub.sources import open_checkpoint, reader, weight_files
+from cbd_hub.hub.untrusted import guarded, read_config, read_generation_config
+from cbd_hub.interpolation.checkpoints import Checkpoint
+from cbd_hub.interpolation.materialize import Read, build_model, make_tensor, parse_dtype, target_config
+from cbd_hub.interpolation.plan import Plan, needed_by
+from cbd_hub.interpolation.ranges import Run
+from cbd_hub.manifest.manifest import Anchor
+
+if TYPE_CHECKING:
+    from cbd_hub.chain.chain import Chain
+
+__all__ = ["anchor_config", "assemble", "open_weights"]
+
+
+def open_weights(
+    chain: "Chain", anchor: Anchor, needed: Mapping[str, Sequence[Run]] | None = None, progress: bool = True
+) -> Checkpoint:
+    """Opens an anchor's weights and checks their headers against the manifest; reads no weight.
+
+    Args:
+        chain: The chain.
+        anchor: One of its anchors.
+        needed: Parameter → byte runs of it that will be read, so that no more is fetched; None is everything.
+        progress: Show a progress bar while ranges are fetched.
+
+    Raises:
+        IntegrityError: Damaged files, or other tensors than the manifest says.
+    """
+    place, checksums = anchor_place(chain.location, anchor), chain.checksums.get(anchor.name)
+    return open_checkpoint(place, anchor, chain.manifest.resolved_axis_map, checksums, needed, progress)
+
+
+def anchor_config(chain: "Chain", anchor: Anchor) -> PreTrainedConfig:
+    """Returns an anchor's transformers config, checked against the manifest.
+
+    Raises:
+        IntegrityError: The file differs from the manifest's hash.
+        ManifestError: The config contradicts the manifest's shape or axis map.
+    """
+    place, axis_map = anchor_place(chain.location, anchor), chain.manifest.resolved_axis_map
+    path = checked_file(place, "config.json", anchor.files["config.json"])
+    what = f"config.json of anchor {anchor.name!r}"
+    config = read_config(path, what, chain.manifest.architecture, axis_map, anchor.shape)
+    if config.model_type in AXIS_MAPS:
+        known = axis_map_for(config)
+        if replace(known, free=()) != replace(axis_map, free=()):
+            raise ManifestError(
+                f"the manifest's axis map is not that of {config.model_type!r} models; the chain was made by "
+                "another version or altered"
+            )
+    return config
+
+
+def assemble(
+    chain: "Chain", plan: Plan, refine: bool = False, dtype: str | torch.dtype = "auto", progress: bool = True
+) -> PreTrainedModel:
+    """Carries out a plan: reads, interpolates and returns the model.
+
+    Args:
+        chain: The chain.
+        plan: From :meth:`cbd_hub.chain.chain.Chain.plan`.
+        refine: Compare other ways to make the model as well, and keep the best: see :mod:`cbd_hub.chain.refine`,
+            also for what that costs (minutes at 100M parameters on two cores).
+        dtype: A torch dtype or its name; ``"auto"`` keeps the large anchor's.
+        progress: Show a progress bar (HF_HUB_DISABLE_PROGRESS_BARS is obeyed).
+
+    Cost: reads ``plan.bytes_to_read`` bytes once; peak memory near the model's own size plus the largest pair of
+        source tensors.
+
+    Raises:
+        IntegrityError: The anchors' files are not what the manifest says.
+        ManifestError: A config contradicts the manifest, or the chain ships no calibration tokens to refine on.
+    """
+    entries = {entry.name: entry for entry in chain.manifest.anchors}
+    large, small = entries[plan.large], entries[plan.small]
+    axis_map = chain.manifest.resolved_axis_map
+    out_dtype = parse_dtype(large.dtype if dtype == "auto" else dtype)
+    if refine and plan.method != "anchor":
+        if chain.calibration is None:
+            raise ManifestError(f"the chain {chain.manifest.name!r} ships no calibration tokens to refine on")
+        for anchor in (large, small):  # the candidates differ in what they need, and one needs everything
+            for name in weight_files(anchor):
+                anchor_place(chain.location, anchor).file(name)
+        make = partial(assemble, chain, dtype=torch.float32, progress=False)
+        load_large = partial(assemble, chain, chain.plan(shape=large.shape), dtype=torch.float32)
+        return choose(plan, chain.manifest, make, load_large, chain.calibration, out_dtype, progress)
+    config = target_config(anchor_config(chain, large), axis_map, plan)
+    if small is not large:
+        anchor_config(chain, small)  # checked, though what a model needs of it stands in the manifest
+    needed = needed_by(chain.manifest, large, small, plan.sizes, plan.index_map, plan.operations)
+
+    def source(entry: Anchor) -> tuple[Sizes, Read]:
+        read: Read = _unread
+        if needed[entry.name]:
+            checkpoint = open_weights(chain, entry, needed[entry.name], progress)
+            read = reader(anchor_place(chain.location, entry), checkpoint)
+        return axis_map.sizes(entry.shape), read
+
+    large_source = source(large)
+    small_source = large_source if small is large else source(small)
+    state = {}
+    for op in tqdm(plan.operations, desc=f"{plan.method} {chain.manifest.name}", unit="tensor", disable=not progress):
+        state[op.name] = make_tensor(op, axis_map, plan.index_map, large_source, small_source, plan.sizes, out_dtype)
+    model = guarded(f"config.json of anchor {large.name!r}", partial(build_model, config, state, out_dtype))
+    if "generation_config.json" in large.files:
+        place = anchor_place(chain.location, large)
+        path = checked_file(place, "generation_config.json", large.files["generation_config.json"])
+        model.generation_config = read_generation_config(path)
+    _sign(chain, model, plan)
+    return model
+
+
+def _sign(chain: "Chain", model: PreTrainedModel, plan: Plan) -> None:
+    """Writes the model's origin into its config."""
+    place = chain.manifest.name if chain.location.is_local else chain.location.place
+    model.config.cbd_hub = {
+        "chain": place,
+        "revision": chain.location.revision,
+        "anchors": list(dict.fromkeys([plan.small, plan.large])),
+        "alpha": plan.alpha,
+        "method": plan.method,
+        "version": version("cbd_hub"),
+    }
+    named = "" if chain.location.is_local else place  # cards would take a local chain's name for a repository
+    model.config._name_or_path = model.name_or_path = named
+
+
+def _unread(name: str) -> torch.Tensor:
+    raise IntegrityError(f"{name!r} was not planned to be read")
