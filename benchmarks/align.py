@@ -26,9 +26,9 @@ from cbd_hub.axes.sizing import Sizes
 from cbd_hub.build.ingredients import Ingredients, Text
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.evaluation.held_out import evaluate_loss
-from cbd_hub.interpolation.materialize import build_model, make_tensor, target_config
+from cbd_hub.interpolation import pair as interpolation
+from cbd_hub.interpolation.materialize import blend_models
 from cbd_hub.interpolation.operations import list_operations
-from cbd_hub.interpolation.plan import plan_subset
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.training.distill import distill
 from cbd_hub.training.settings import DistillationConfig
@@ -108,21 +108,8 @@ def in_between(
     """A model of the target's sizes, made as from_chain makes it of trained anchors."""
     sizes = axis_map.sizes(large.config), axis_map.sizes(small.config)
     own_weight = 1 - alpha**2 if method == "interpolate" else 1.0
-    stored = large.state_dict(), small.state_dict()
-    tensors = {
-        op.name: make_tensor(
-            op,
-            axis_map,
-            index_map,
-            (sizes[0], stored[0].__getitem__),
-            (sizes[1], stored[1].__getitem__),
-            target,
-            torch.float32,
-        )
-        for op in list_operations(axis_map, sizes[1], sizes[0], target, index_map, method, alpha, own_weight)
-    }
-    config = target_config(large.config, axis_map, plan_subset(axis_map, sizes[0], target, index_map))
-    return build_model(config, tensors, torch.float32)
+    pair = interpolation.Pair(axis_map, sizes[1], sizes[0], index_map)
+    return blend_models(list_operations(pair, target, method, alpha, own_weight), pair, target, large, small)
 
 
 def in_order(large: PreTrainedModel, axis_map: AxisMap, small: Sizes, blocks: torch.Tensor) -> IndexMap:

@@ -22,7 +22,8 @@ from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes, count_parameters, solve
 from cbd_hub.initialization.refit import refit
-from cbd_hub.interpolation.materialize import build_model, cut, make_tensor, target_config
+from cbd_hub.interpolation import pair as interpolation
+from cbd_hub.interpolation.materialize import blend_models, build_model, cut
 from cbd_hub.interpolation.operations import list_operations
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.losses.heads import kept_hidden
@@ -85,11 +86,11 @@ def plan_between(pair: Pair, count: int) -> Plan:
         large="",
         position=position,
         operations=(),
+        pair=interpolation.Pair(pair.axis_map, small, large, pair.index_map),
         bytes_to_read=0,
         bytes_to_fetch=0,
         expected_loss=None,
         sizes=sizes,
-        index_map=pair.index_map,
     )
 
 
@@ -97,17 +98,9 @@ def combine(plan: Plan, pair: Pair, method: str = "interpolate", alpha: float | 
     """Makes the plan's shape from a pair in memory, by one of the library's rules."""
     weight = {"expand": 1.0, "prune": 0.0}.get(method, plan.alpha if alpha is None else alpha)
     own_weight = 1 - weight**2 if method == "interpolate" else 1.0
-    (small, large), axis_map, units = pair.sizes, pair.axis_map, pair.index_map
-    operations = list_operations(axis_map, small, large, plan.sizes, units, method, weight, own_weight)
-    sources = (large, _reader(pair.large)), (small, _reader(pair.small))
-    state = {op.name: make_tensor(op, axis_map, units, *sources, plan.sizes, torch.float32) for op in operations}
-    made = replace(plan, operations=operations, index_map=units)
-    return build_model(target_config(pair.large.config, axis_map, made), state, torch.float32)
-
-
-def _reader(model: PreTrainedModel) -> Callable[[str], Tensor]:
-    state = model.state_dict()
-    return lambda name: state[name].detach().cpu().clone()
+    units = interpolation.Pair(pair.axis_map, *pair.sizes, pair.index_map)
+    operations = list_operations(units, plan.sizes, method, weight, own_weight)
+    return blend_models(operations, units, plan.sizes, pair.large, pair.small)
 
 
 def best_of(candidates: Mapping[str, Callable[[], PreTrainedModel]], loss: Loss) -> tuple[str, PreTrainedModel]:
@@ -202,7 +195,7 @@ def _stack(layers: Sequence[tuple[PreTrainedModel, int]], rest: PreTrainedModel)
     state = {}
     for name, pattern, layer in axis_map.names(sizes):
         model, source = (rest, 0) if layer is None else layers[layer]
-        state[name] = _reader(model)(pattern.replace("*", str(source)))
+        state[name] = model.state_dict()[pattern.replace("*", str(source))].detach().cpu().clone()
     return build_model(config, state, torch.float32)
 
 

@@ -29,7 +29,7 @@ from cbd_hub.build.ingredients import Ingredients
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.evaluation.held_out import evaluate_loss, plot_size_loss
 from cbd_hub.initialization.refit import REFIT_TOKENS, refit
-from cbd_hub.interpolation.materialize import build_model, cut, make_tensor, target_config
+from cbd_hub.interpolation.materialize import blend_models, cut
 from cbd_hub.interpolation.operations import list_operations
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.losses.heads import kept_hidden
@@ -102,13 +102,7 @@ def rows(blocks: Any) -> torch.Tensor:
 
 def blend(plan: Plan, bench: Bench, large: PreTrainedModel, small: PreTrainedModel) -> PreTrainedModel:
     """Carries out a plan on two models in memory."""
-    a, b = large.state_dict(), small.state_dict()
-    sources = (bench.map.sizes(large.config), a.__getitem__), (bench.map.sizes(small.config), b.__getitem__)
-    state = {
-        op.name: make_tensor(op, bench.map, plan.index_map, *sources, plan.sizes, torch.float32)
-        for op in plan.operations
-    }
-    return build_model(target_config(large.config, bench.map, plan), state, torch.float32)
+    return blend_models(plan.operations, plan.pair, plan.sizes, large, small)
 
 
 def measure_methods(bench: Bench, variants: bool = False) -> None:
@@ -128,7 +122,7 @@ def measure_methods(bench: Bench, variants: bool = False) -> None:
                 "prune + refit": lambda s=size, n=large.name: bench.refitted(
                     chain.initialize(chain.plan(s, method="prune"), progress=False),
                     next(a for a in chain.anchors if a.name == n).load(),
-                    chain.plan(s, method="prune").index_map,  # type: ignore[arg-type]
+                    chain.plan(s, method="prune").pair.index_map,
                 ),
                 "expand": lambda s=size: chain.initialize(chain.plan(s, method="expand"), progress=False),
                 "paper": lambda s=size: chain.initialize(chain.plan(s, method="paper"), progress=False),
@@ -154,9 +148,7 @@ def heavier(bench: Bench, plan: Plan) -> Plan:
 
 def operations(bench: Bench, plan: Plan, own_weight: float) -> Any:
     """The plan's operations with another weight for what only the large anchor has."""
-    sizes = {a.name: bench.chain.manifest.sizes(a) for a in bench.chain.manifest.anchors}
-    pair = sizes[plan.small], sizes[plan.large]
-    return list_operations(bench.map, *pair, plan.sizes, plan.index_map, plan.method, plan.alpha, own_weight)  # type: ignore[arg-type]
+    return list_operations(plan.pair, plan.sizes, plan.method, plan.alpha, own_weight)
 
 
 def facts(plan: Plan, small: str, large: str) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import count_parameters
 from cbd_hub.chain.refine import save_calibration
 from cbd_hub.interpolation.checkpoints import checksum
-from cbd_hub.interpolation.materialize import build_model, make_tensor, target_config
-from cbd_hub.interpolation.plan import plan_subset
+from cbd_hub.interpolation.materialize import blend, build_model, target_config
+from cbd_hub.interpolation.operations import list_operations
+from cbd_hub.interpolation.pair import Pair
 from cbd_hub.manifest.index_maps import IndexMap, save_index_maps
 from cbd_hub.manifest.manifest import (
     CALIBRATION_NAME,
@@ -149,23 +150,12 @@ def make_chain(
         name = names[i] if names else f"a{i}"
         if i:
             maps[name] = random_index_map(axis_map, previous, target, rng, energy)
-            plan = plan_subset(axis_map, previous, target, maps[name])
-            stored = model.state_dict()
-            state = {
-                op.name: make_tensor(
-                    op,
-                    axis_map,
-                    maps[name],
-                    (previous, stored.__getitem__),
-                    (target, stored.__getitem__),
-                    target,
-                    dtype,
-                )
-                for op in plan.operations
-            }
+            pair = Pair(axis_map, target, previous, maps[name])
+            read = model.state_dict().__getitem__
+            state = dict(blend(list_operations(pair, target, "prune", 0.0), pair, target, read, read, dtype))
             for value in state.values():
                 value += noise * torch.randn(value.shape, generator=generator, dtype=torch.float64)
-            model = build_model(target_config(model.config, axis_map, plan), state, dtype)
+            model = build_model(target_config(model.config, pair, target), state, dtype)
         model.save_pretrained(folder / "anchors" / name, max_shard_size=max_shard_size)
         anchors.append(
             Anchor(

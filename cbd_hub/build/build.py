@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, ladder
 from cbd_hub.build.bridge import found
 from cbd_hub.build.ingredients import Ingredients
 from cbd_hub.build.recipe import AnchorSpec, Recipe, load_recipe, step_fingerprint
+from cbd_hub.build.students import cut_student
 from cbd_hub.chain.chain import Chain
 from cbd_hub.chain.measure import measure_barriers, measure_curve, plot_chain
 from cbd_hub.chain.refine import save_calibration
@@ -34,10 +36,8 @@ from cbd_hub.errors import OutputExistsError, RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.hub import cards
 from cbd_hub.hub.read import Location
-from cbd_hub.initialization.refit import can_refit, refit
 from cbd_hub.interpolation.checkpoints import checksum_file
-from cbd_hub.interpolation.materialize import cut, parse_dtype
-from cbd_hub.losses.heads import kept_hidden
+from cbd_hub.interpolation.materialize import parse_dtype
 from cbd_hub.manifest import manifest as manifests
 from cbd_hub.manifest.index_maps import IndexMap, read_index_map, save_index_maps
 from cbd_hub.manifest.manifest import Anchor, Bridge, Manifest, Training
@@ -47,6 +47,18 @@ __all__ = ["build_chain"]
 
 _BRIDGE = "bridge.json"  # how anchor zero was founded, written before its step is
 _LIBRARIES = ("cbd_hub", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What one step made, before it is saved."""
+
+    name: str
+    model: PreTrainedModel
+    training: Training | None
+    index_map: IndexMap | None
+    """Correspondence with the larger neighbor; None for the source."""
+    basis: str
 
 
 class _Build:
@@ -68,7 +80,7 @@ class _Build:
 
     # -- steps
 
-    def source(self) -> tuple[str, PreTrainedModel, Training | None, IndexMap | None, str]:
+    def source(self) -> _Made:
         """Step 0: the source becomes the largest anchor, rotated first where a later anchor is narrower."""
         model, training = self._source_model()
         axis_map = axis_map_for(model.config)
@@ -77,7 +89,7 @@ class _Build:
         if basis == "pca" and blocks is not None:
             rotate(model, axis_map, sizes, blocks)
         name = self.recipe.source.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, sizes))}"
-        return name, model, training, None, basis
+        return _Made(name, model, training, None, basis)
 
     def _source_model(self) -> tuple[PreTrainedModel, Training | None]:
         """The source itself, or anchor zero, founded on it; how goes into a record of its own."""
@@ -123,7 +135,7 @@ class _Build:
             raise RecipeError(f"spread.waypoints names {sorted(unknown)[0]!r}; axes here: {', '.join(large)}")
         return ladder(axis_map, large, target, waypoints=self.recipe.spread.waypoints)
 
-    def anchor(self, index: int, parent: Anchor, basis: str) -> tuple[str, PreTrainedModel, Training, IndexMap, str]:
+    def anchor(self, index: int, parent: Anchor, basis: str) -> _Made:
         """Step k: rank the parent's units, cut the student out, refit it, distil it from the parent."""
         spec = self.recipe.anchors[index - 1]
         teacher = self.load(parent.name)
@@ -133,7 +145,7 @@ class _Build:
         name = spec.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, small))}"
         if name in self.names:
             raise RecipeError(f"two anchors would have the name {name!r}; give one of them another `name`")
-        found: dict[str, float] = {}
+        cut_loss = None
         if spec.init is not None:
             student = self.made.checkpoint(spec.init, spec.revision)
             check_neighbours(student, teacher, spec.init)
@@ -143,9 +155,10 @@ class _Build:
                 save_index_maps({"": index_map}, self.state / f"step-{index}.safetensors")
         else:
             index_map = self._rank(index, teacher, axis_map, large, small, basis)
-            student = cut(teacher, axis_map, large, small, index_map)
-            if self.recipe.refit:
-                found = self._refit(student, teacher, axis_map, index_map)
+            blocks = self.made.refit_blocks() if self.recipe.refit else None
+            student, cut_loss = cut_student(
+                teacher, axis_map, small, index_map, blocks, self.made.validation, self.progress
+            )
         tokens = {} if spec.tokens is None else {"tokens": spec.tokens}
         config = self.recipe.distillation.model_copy(update=tokens)
         if config.tokens == 0:
@@ -163,7 +176,9 @@ class _Build:
                 work_dir=self.state / "work",
                 progress=self.progress,
             )
-        return name, student, training.model_copy(update=found), index_map, basis
+        if cut_loss is not None:
+            training = training.model_copy(update={"cut_loss": cut_loss})
+        return _Made(name, student, training, index_map, basis)
 
     def _rank(
         self, index: int, teacher: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, basis: str
@@ -184,43 +199,23 @@ class _Build:
             _write_json(record, {"fingerprint": fingerprint, "layers": [int(i) for i in index_map.layers]})
         return index_map
 
-    def _refit(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, axis_map: AxisMap, index_map: IndexMap
-    ) -> dict[str, float]:
-        """Refits a cut student, unless that raises its loss; returns the loss of the subset as it was cut."""
-        blocks = self.made.refit_blocks()
-        if blocks is None or self.made.validation is None or not can_refit(axis_map):
-            return {}
-        before = evaluate_loss(student, self.made.validation).loss
-        weights = {name: p.detach().clone() for name, p in student.named_parameters()}
-        small, large = axis_map.sizes(student.config), axis_map.sizes(teacher.config)
-        layers = index_map.layers_of(small["layers"])
-        kept = kept_hidden(index_map, small["hidden"], large["hidden"])
-        refit(student, teacher, axis_map, layers, kept, blocks, progress=self.progress)
-        if not evaluate_loss(student, self.made.validation).loss < before:
-            student.load_state_dict(weights, strict=False)
-        return {"cut_loss": before}
-
     def step(self, index: int, parent: Anchor | None, basis: str) -> tuple[Anchor, IndexMap | None, str]:
         """Runs step ``index`` (0 is the source) unless an earlier run did; what counts is its record either way."""
         record = self.state / f"step-{index}.json"
         fingerprint = step_fingerprint(self.recipe, index)
         if not record.is_file():
-            if parent is None:
-                name, model, training, index_map, basis = self.source()
-            else:
-                name, model, training, index_map, basis = self.anchor(index, parent, basis)
+            made = self.source() if parent is None else self.anchor(index, parent, basis)
             if PartialState().is_main_process:
                 init = self.recipe.anchors[index - 1].init if index else None
-                made = self._save(name, model, training, index_map, parent, init).model_dump(mode="json")
-                _write_json(record, {"fingerprint": fingerprint, "basis": basis, "anchor": made})
+                entry = self._save(made, parent, init).model_dump(mode="json")
+                _write_json(record, {"fingerprint": fingerprint, "basis": made.basis, "anchor": entry})
             PartialState().wait_for_everyone()
         saved = json.loads(record.read_text(encoding="utf-8"))
         if saved["fingerprint"] != fingerprint:
             raise self._another(f"step {index} differs")
         anchor = Anchor.model_validate_json(json.dumps(saved["anchor"]))
-        for name, entry in anchor.files.items():
-            manifests.check_file(self.output / "anchors" / anchor.name / name, entry)
+        for name, file in anchor.files.items():
+            manifests.check_file(self.output / "anchors" / anchor.name / name, file)
         if parent is None:  # the one thing in which later anchors touch an earlier step
             axis_map = axis_map_for(AutoConfig.from_pretrained(self.output / "anchors" / anchor.name))
             if (wanted := self._basis(axis_map, axis_map.sizes(anchor.shape))) != saved["basis"]:
@@ -236,16 +231,9 @@ class _Build:
             "resume=False (--no-resume)"
         )
 
-    def _save(
-        self,
-        name: str,
-        model: PreTrainedModel,
-        training: Training | None,
-        index_map: IndexMap | None,
-        parent: Anchor | None,
-        init: str | None,
-    ) -> Anchor:
+    def _save(self, made: _Made, parent: Anchor | None, init: str | None) -> Anchor:
         """Writes an anchor's folder whole, then renames it into place; returns its manifest entry."""
+        name, model, index_map = made.name, made.model, made.index_map
         axis_map = axis_map_for(model.config)
         sizes = axis_map.sizes(model.config)
         evaluation = None
@@ -280,7 +268,7 @@ class _Build:
             aligned=init is None,
             layer_order=[int(i) for i in index_map.layers] if index_map is not None else None,
             files=files,
-            training=training,
+            training=made.training,
             evaluation=evaluation,
         )
 

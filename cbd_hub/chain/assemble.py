@@ -16,15 +16,14 @@ from huggingface_hub.utils.tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cbd_hub.axes.architectures import AXIS_MAPS, axis_map_for
-from cbd_hub.axes.sizing import Sizes
 from cbd_hub.chain.refine import choose
 from cbd_hub.errors import IntegrityError, ManifestError
 from cbd_hub.hub.chain_files import anchor_place, checked_file
 from cbd_hub.hub.sources import open_checkpoint, reader, weight_files
 from cbd_hub.hub.untrusted import guarded, read_config, read_generation_config
 from cbd_hub.interpolation.checkpoints import Checkpoint
-from cbd_hub.interpolation.materialize import Read, build_model, make_tensor, parse_dtype, target_config
-from cbd_hub.interpolation.plan import Plan, needed_by
+from cbd_hub.interpolation.materialize import Read, blend, build_model, parse_dtype, target_config
+from cbd_hub.interpolation.plan import Plan
 from cbd_hub.interpolation.ranges import Run
 from cbd_hub.manifest.manifest import Anchor
 
@@ -95,7 +94,6 @@ def assemble(
     """
     entries = {entry.name: entry for entry in chain.manifest.anchors}
     large, small = entries[plan.large], entries[plan.small]
-    axis_map = chain.manifest.resolved_axis_map
     out_dtype = parse_dtype(large.dtype if dtype == "auto" else dtype)
     if refine and plan.method != "anchor":
         if chain.calibration is None:
@@ -106,23 +104,20 @@ def assemble(
         make = partial(assemble, chain, dtype=torch.float32, progress=False)
         load_large = partial(assemble, chain, chain.plan(shape=large.shape), dtype=torch.float32)
         return choose(plan, chain.manifest, make, load_large, chain.calibration, out_dtype, progress)
-    config = target_config(anchor_config(chain, large), axis_map, plan)
+    config = target_config(anchor_config(chain, large), plan.pair, plan.sizes)
     if small is not large:
         anchor_config(chain, small)  # checked, though what a model needs of it stands in the manifest
-    needed = needed_by(chain.manifest, large, small, plan.sizes, plan.index_map, plan.operations)
 
-    def source(entry: Anchor) -> tuple[Sizes, Read]:
-        read: Read = _unread
-        if needed[entry.name]:
-            checkpoint = open_weights(chain, entry, needed[entry.name], progress)
-            read = reader(anchor_place(chain.location, entry), checkpoint)
-        return axis_map.sizes(entry.shape), read
+    def read(entry: Anchor) -> Read:
+        if not plan.needed[entry.name]:
+            return _unread
+        checkpoint = open_weights(chain, entry, plan.needed[entry.name], progress)
+        return reader(anchor_place(chain.location, entry), checkpoint)
 
-    large_source = source(large)
-    small_source = large_source if small is large else source(small)
-    state = {}
-    for op in tqdm(plan.operations, desc=f"{plan.method} {chain.manifest.name}", unit="tensor", disable=not progress):
-        state[op.name] = make_tensor(op, axis_map, plan.index_map, large_source, small_source, plan.sizes, out_dtype)
+    read_large = read(large)
+    read_small = read_large if small is large else read(small)
+    bar = tqdm(plan.operations, desc=f"{plan.method} {chain.manifest.name}", unit="tensor", disable=not progress)
+    state = dict(blend(bar, plan.pair, plan.sizes, read_large, read_small, out_dtype))
     model = guarded(f"config.json of anchor {large.name!r}", partial(build_model, config, state, out_dtype))
     if "generation_config.json" in large.files:
         place = anchor_place(chain.location, large)

@@ -23,7 +23,7 @@ from cbd_hub.errors import IntegrityError
 from cbd_hub.evaluation.held_out import evaluate_loss, render_progress
 from cbd_hub.initialization.refit import REFIT_TOKENS, can_refit, refit
 from cbd_hub.interpolation.operations import list_operations
-from cbd_hub.interpolation.plan import Plan
+from cbd_hub.interpolation.plan import Plan, needed_by
 from cbd_hub.losses.heads import kept_hidden
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.manifest.manifest import Manifest
@@ -66,7 +66,7 @@ def list_candidates(plan: Plan, manifest: Manifest) -> Generator[list[Candidate]
         ]
         best = yield [
             Candidate(f"{best.name}, other layers ({i + 1})", _again(best.plan, manifest, index_map=index_map))
-            for i, index_map in enumerate(_other_layers(plan, manifest))
+            for i, index_map in enumerate(_other_layers(plan))
         ]
     others = [m for m in ("expand", "prune") if m != plan.method]
     fits = can_refit(manifest.resolved_axis_map)
@@ -123,7 +123,7 @@ def choose(
             if not large:
                 large.append(nn.Module.to(load_large(), device))
             made, axis_map = candidate.plan, manifest.resolved_axis_map
-            units = made.index_map or IndexMap(np.arange(made.sizes["layers"]))
+            units = made.pair.index_map
             kept = kept_hidden(units, made.sizes["hidden"], axis_map.sizes(large[0].config)["hidden"])
             refit(model, large[0], axis_map, units.layers_of(made.sizes["layers"]), kept, fit_blocks)
         return model
@@ -178,28 +178,26 @@ def _again(
     index_map: IndexMap | None = None,
 ) -> Plan:
     """The same target, made otherwise."""
-    entries = {a.name: manifest.sizes(a) for a in manifest.anchors}
     weight, way = plan.alpha if alpha is None else alpha, method or plan.method
-    units = index_map or plan.index_map or IndexMap(np.arange(plan.sizes["layers"]))
+    pair = plan.pair if index_map is None else replace(plan.pair, index_map=index_map)
     own = own_weight
     if own is None:
         rule = way == "interpolate" and plan.own_weight < 1  # 1 for an anchor that was only cut out
         own = plan.own_weight if alpha is None else 1 - weight**2 if rule else 1.0
-    pair = entries[plan.small], entries[plan.large]
-    operations = list_operations(manifest.resolved_axis_map, *pair, plan.sizes, units, way, weight, own)
-    return replace(plan, alpha=weight, method=way, own_weight=own, operations=operations, index_map=units)
+    operations = list_operations(pair, plan.sizes, way, weight, own)
+    entries = {a.name: a for a in manifest.anchors}
+    needed = needed_by(entries[plan.large], entries[plan.small], pair, plan.sizes, operations)
+    return replace(plan, alpha=weight, method=way, own_weight=own, operations=operations, pair=pair, needed=needed)
 
 
-def _other_layers(plan: Plan, manifest: Manifest) -> list[IndexMap]:
+def _other_layers(plan: Plan) -> list[IndexMap]:
     """Other choices of the layers that the target has beyond the small anchor's."""
-    if plan.index_map is None:
-        return []
-    small = manifest.sizes(next(a for a in manifest.anchors if a.name == plan.small))["layers"]
-    kept, dropped = np.split(plan.index_map.layers, [small])
+    index_map, small = plan.pair.index_map, plan.pair.small["layers"]
+    kept, dropped = np.split(index_map.layers, [small])
     if not small < plan.sizes["layers"] < small + len(dropped):
         return []
     turns = range(1, min(len(dropped), _MOST_DEPTHS + 1))
-    return [replace(plan.index_map, layers=np.concatenate([kept, np.roll(dropped, -turn)])) for turn in turns]
+    return [replace(index_map, layers=np.concatenate([kept, np.roll(dropped, -turn)])) for turn in turns]
 
 
 def save_calibration(blocks: Tensor, path: Path) -> None:

@@ -4,7 +4,7 @@
 assembly (anchors on disk) and building (a student cut out of a teacher in memory) alike.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,15 @@ from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
 from cbd_hub.errors import AxisMapError, SizeError
 from cbd_hub.interpolation.checkpoints import DTYPES
-from cbd_hub.interpolation.operations import TensorOp, taken_units
-from cbd_hub.interpolation.plan import Plan, plan_subset
+from cbd_hub.interpolation.operations import TensorOp, list_operations
+from cbd_hub.interpolation.pair import Pair
 from cbd_hub.interpolation.tensors import combine, expand, rescale
 from cbd_hub.manifest.index_maps import IndexMap
 
 __all__ = [
     "Read",
+    "blend",
+    "blend_models",
     "build_model",
     "cut",
     "make_tensor",
@@ -36,64 +38,99 @@ Read = Callable[[str], torch.Tensor]
 
 
 def make_tensor(
-    op: TensorOp,
-    axis_map: AxisMap,
-    index_map: IndexMap | None,
-    large: tuple[Sizes, Read],
-    small: tuple[Sizes, Read],
-    target: Sizes,
-    dtype: torch.dtype,
+    op: TensorOp, pair: Pair, target: Sizes, read_large: Read, read_small: Read, dtype: torch.dtype
 ) -> torch.Tensor:
     """Carries out one operation of a plan.
 
     Args:
         op: The operation.
-        axis_map: The resolved map of the family.
-        index_map: Correspondence of the two anchors; None where the tensor is copied as it is.
-        large: Sizes of the large anchor and a function that reads one of its tensors.
-        small: The same of the small anchor.
+        pair: The two anchors.
         target: Sizes of the target.
+        read_large: Reads a tensor of the large anchor.
+        read_small: Reads a tensor of the small anchor.
         dtype: What the result is cast to, once.
 
     Returns:
         A contiguous tensor of shape ``op.shape`` in fresh memory; what was read is not kept.
     """
+    axis_map = pair.axis_map
     layout = axis_map.layout(op.pattern)
     offset = 1.0 if axis_map.norm == "rms+1" and op.pattern in axis_map.norms else 0.0
-    addition = rescale(small[1](op.small), op.small_scale, offset) if op.small else None
+    addition = rescale(read_small(op.small), op.small_scale, offset) if op.small else None
     out = torch.empty(op.shape, dtype=dtype)
     if not op.large:
-        return out.zero_() if addition is None else out.copy_(expand(addition, layout, small[0], target, op.mean_axis))
-    taken = taken_units(op, axis_map, index_map, large[0], target)
-    base, factors, placed = large[1](op.large), [(op.large_scale, offset)], small[0]
+        return (
+            out.zero_() if addition is None else out.copy_(expand(addition, layout, pair.small, target, op.mean_axis))
+        )
+    taken = pair.taken(op, target)
+    base, factors, placed = read_large(op.large), [(op.large_scale, offset)], pair.small
     if addition is None:  # the paper's rule takes a block without a partner for one whose partner is zero
         factors.append((op.own_weight, offset) if op.masked else (1 - op.alpha, 0.0))
     elif not op.masked:
         addition, placed = expand(addition, layout, placed, target), target
-    return combine(out, base, layout, large[0], taken, target, factors, addition, placed, op.alpha, op.own_weight)
+    return combine(out, base, layout, pair.large, taken, target, factors, addition, placed, op.alpha, op.own_weight)
 
 
-def target_config(config: PreTrainedConfig, axis_map: AxisMap, plan: Plan) -> PreTrainedConfig:
-    """Returns the config of the target: the large anchor's, with the plan's sizes and per-layer lists cut along.
+def blend(
+    operations: Iterable[TensorOp], pair: Pair, target: Sizes, read_large: Read, read_small: Read, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Carries out the operations of a plan over two readers, one tensor at a time.
+
+    Args:
+        operations: One a tensor, as :func:`cbd_hub.interpolation.operations.list_operations` gives them.
+        pair: The two anchors.
+        target: Sizes of the target.
+        read_large: Reads a tensor of the large anchor.
+        read_small: Reads a tensor of the small anchor.
+        dtype: What each result is cast to, once.
+
+    Yields:
+        Parameter name and tensor, in the order of the operations.
+    """
+    for op in operations:
+        yield op.name, make_tensor(op, pair, target, read_large, read_small, dtype)
+
+
+def blend_models(
+    operations: Iterable[TensorOp], pair: Pair, target: Sizes, large: PreTrainedModel, small: PreTrainedModel
+) -> PreTrainedModel:
+    """Carries out the operations of a plan on two models in memory; neither is changed, and no tensor is shared.
+
+    Args:
+        operations: One a tensor, as :func:`cbd_hub.interpolation.operations.list_operations` gives them.
+        pair: The two models' sizes and correspondence.
+        target: Sizes of the target.
+        large: The large model; the result has its dtype.
+        small: The small model.
+    """
+    states = large.state_dict(), small.state_dict()
+    read_large, read_small = [lambda name, state=state: state[name].detach().cpu() for state in states]
+    tensors = dict(blend(operations, pair, target, read_large, read_small, large.dtype))
+    return build_model(target_config(large.config, pair, target), tensors, large.dtype)
+
+
+def target_config(config: PreTrainedConfig, pair: Pair, target: Sizes) -> PreTrainedConfig:
+    """Returns the config of the target: the large anchor's, with the target's sizes and per-layer lists cut along.
 
     Raises:
         SizeError: transformers refuses the sizes.
     """
     values = config.to_dict()
-    values.update(plan.shape)
-    if plan.index_map is not None:
-        layers = sorted(int(i) for i in plan.index_map.layers[: plan.sizes["layers"]])
-        for name in axis_map.layer_lists:
-            if values.get(name):
-                values[name] = [values[name][i] for i in layers]
+    axis_map = pair.axis_map
+    shape = axis_map.config_fields(target)
+    values.update(shape)
+    layers = pair.layers(target["layers"])
+    for name in axis_map.layer_lists:
+        if values.get(name):
+            values[name] = [values[name][i] for i in layers]
     if "head_dim" in axis_map.fields:
-        values["head_dim"] = plan.sizes["head_dim"]
+        values["head_dim"] = target["head_dim"]
     for name in ("cbd_hub", "auto_map"):  # its own origin is written later; code of a repository is never passed on
         values.pop(name, None)
     try:
         return type(config).from_dict(values)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise SizeError(f"transformers refuses the shape {dict(plan.shape)}: {error}") from error
+        raise SizeError(f"transformers refuses the shape {dict(shape)}: {error}") from error
 
 
 @contextmanager
@@ -145,17 +182,9 @@ def cut(model: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, i
     Raises:
         AxisMapError: The sizes break a rule of the family.
     """
-    plan = plan_subset(axis_map, large, small, index_map)
-    state = model.state_dict()
-
-    def read(name: str) -> torch.Tensor:
-        return state[name].detach().cpu()
-
-    tensors = {
-        op.name: make_tensor(op, axis_map, index_map, (large, read), (small, read), small, model.dtype)
-        for op in plan.operations
-    }
-    return build_model(target_config(model.config, axis_map, plan), tensors, model.dtype)
+    axis_map.check_sizes(small)
+    pair = Pair(axis_map, small, large, index_map)
+    return blend_models(list_operations(pair, small, "prune", 0.0), pair, small, model, model)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

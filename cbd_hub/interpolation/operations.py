@@ -12,9 +12,13 @@ import numpy as np
 
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
+from cbd_hub.interpolation.pair import Pair
 from cbd_hub.manifest.index_maps import IndexMap
 
-__all__ = ["TensorOp", "list_operations", "taken_units"]
+__all__ = [
+    "TensorOp",
+    "list_operations",
+]
 
 
 @dataclass(frozen=True)
@@ -53,29 +57,20 @@ class TensorOp:
 
 
 def list_operations(
-    axis_map: AxisMap,
-    small: Sizes,
-    large: Sizes,
-    target: Sizes,
-    index_map: IndexMap,
-    method: str,
-    alpha: float,
-    own_weight: float = 1.0,
+    pair: Pair, target: Sizes, method: str, alpha: float, own_weight: float = 1.0
 ) -> tuple[TensorOp, ...]:
     """Returns one operation a tensor. Which blocks correspond follows from the pair's order of layers.
 
     Args:
-        axis_map: The resolved map of the family.
-        small: Sizes of the small anchor.
-        large: Sizes of the large anchor.
+        pair: The two anchors.
         target: Sizes of the target.
-        index_map: Correspondence of the two anchors.
         method: ``interpolate``, ``paper``, ``expand`` or ``prune``.
         alpha: Weight of the small anchor.
         own_weight: Weight with which units that only the large anchor has write the residual stream. With
             1 - alpha**2, alpha = 1 is the small anchor expanded exactly and alpha = 0 the large one alone.
     """
-    large_layers = index_map.layers_of(target["layers"])
+    axis_map, small, large, index_map = pair.axis_map, pair.small, pair.large, pair.index_map
+    large_layers = pair.layers(target["layers"])
     partner = {int(i): j for j, i in enumerate(index_map.layers[: small["layers"]])}
     operations = []
     for name, pattern, layer in axis_map.names(target):
@@ -112,19 +107,6 @@ def list_operations(
             )
         )
     return tuple(operations)
-
-
-def taken_units(
-    op: TensorOp, axis_map: AxisMap, index_map: IndexMap | None, large: Sizes, target: Sizes
-) -> dict[str, np.ndarray]:
-    """Returns which units of the large anchor's tensor an operation takes: axis → units in order; others whole."""
-    if index_map is None:
-        return {}
-    return {
-        axis: index_map.order(axis, op.layer, large[axis])[: target[axis]]
-        for axis in axis_map.layout(op.pattern).axes
-        if axis in index_map.orders or target[axis] != large[axis]
-    }
 
 
 def _own_weight(axis_map: AxisMap, pattern: str, has_partner: bool, own_weight: float) -> float:

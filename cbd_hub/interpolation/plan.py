@@ -15,11 +15,19 @@ from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, parse_count, solve
 from cbd_hub.errors import AxisMapError, SizeError, did_you_mean
 from cbd_hub.interpolation.operations import TensorOp, list_operations
+from cbd_hub.interpolation.pair import Pair
 from cbd_hub.interpolation.ranges import Run, count_bytes, needed_runs
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.manifest.manifest import Anchor, Manifest
 
-__all__ = ["METHODS", "WHOLE_ABOVE", "Plan", "make_plan", "nearly_all", "needed_by", "plan_subset"]
+__all__ = [
+    "METHODS",
+    "WHOLE_ABOVE",
+    "Plan",
+    "make_plan",
+    "nearly_all",
+    "needed_by",
+]
 
 METHODS = ("auto", "interpolate", "paper", "expand", "prune")
 """What ``method=`` accepts."""
@@ -55,6 +63,8 @@ class Plan:
     position: float
     """r: 0 at the small anchor, 1 at the large one, linear in parameters."""
     operations: tuple[TensorOp, ...] = field(repr=False)
+    pair: Pair = field(repr=False)
+    """The two anchors, with the correspondence of their units that this plan follows."""
     bytes_to_read: int
     """Bytes of tensors that are read from disk: whole tensors, each once."""
     bytes_to_fetch: int
@@ -65,7 +75,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict, repr=False)
     """Sizes by axis."""
-    index_map: IndexMap | None = field(default=None, repr=False)
+    needed: Mapping[str, Mapping[str, list[Run]]] = field(default_factory=dict, repr=False)
+    """Anchor → parameter → byte runs of it that the operations read (:mod:`cbd_hub.interpolation.ranges`)."""
     own_weight: float = 1.0
     """Weight with which units that only the large anchor has write into the residual stream."""
 
@@ -176,17 +187,17 @@ def make_plan(
     weight = {"expand": 1.0, "prune": 0.0}.get(chosen, weight)
     if own is not None and (small is large or weight == (1.0 if own is small else 0.0)):
         small = large = own
-        chosen, weight, index_map, own_weight = "anchor", 1.0, None, 1.0
+        chosen, weight, own_weight = "anchor", 1.0, 1.0
+        pair = Pair.same(axis_map, sizes)
         operations = tuple(
             TensorOp(n, p, axis_map.layout(p).shape(sizes), n, None) for n, p, _ in axis_map.names(sizes)
         )
     else:
-        index_map = index_maps[small.name]
+        pair = Pair(axis_map, manifest.sizes(small), manifest.sizes(large), index_maps[small.name])
         # A trained anchor makes up for the units it lacks; at full weight their work would be done twice.
         made_up_for = chosen == "interpolate" and (small.training is None or small.training.tokens > 0)
         own_weight = 1 - weight**2 if made_up_for else 1.0
-        pair = manifest.sizes(small), manifest.sizes(large)
-        operations = list_operations(axis_map, *pair, sizes, index_map, chosen, weight, own_weight)
+        operations = list_operations(pair, sizes, chosen, weight, own_weight)
     expected = _expected_loss(manifest, count)
     if expected is not None and chosen != "anchor":
         nearest = min(_measured(manifest), key=lambda n: abs(n - count))
@@ -195,6 +206,7 @@ def make_plan(
                 f"the loss was measured at no size nearer than {format_count(nearest)}; what is expected here is read "
                 "off a straight line"
             )
+    needed = needed_by(large, small, pair, sizes, operations)
     return Plan(
         shape=axis_map.config_fields(sizes),
         num_parameters=count,
@@ -205,36 +217,13 @@ def make_plan(
         position=position,
         operations=operations,
         bytes_to_read=_bytes(axis_map, manifest, small, large, operations),
-        bytes_to_fetch=_fetch_bytes(manifest, needed_by(manifest, large, small, sizes, index_map, operations)),
+        bytes_to_fetch=_fetch_bytes(manifest, needed),
         expected_loss=expected,
         notes=tuple(notes),
         sizes=sizes,
-        index_map=index_map,
+        pair=pair,
+        needed=needed,
         own_weight=own_weight,
-    )
-
-
-def plan_subset(axis_map: AxisMap, large: Sizes, target: Sizes, index_map: IndexMap) -> Plan:
-    """Plans the start of a student: the subset of its neighbour that an index map keeps. Names of anchors are empty.
-
-    Raises:
-        AxisMapError: The sizes break a rule of the family.
-    """
-    axis_map.check_sizes(target)
-    return Plan(
-        shape=axis_map.config_fields(target),
-        num_parameters=count_parameters(axis_map, target),
-        alpha=0.0,
-        method="prune",
-        small="",
-        large="",
-        position=1.0,
-        operations=list_operations(axis_map, target, large, target, index_map, "prune", 0.0),
-        bytes_to_read=0,
-        bytes_to_fetch=0,
-        expected_loss=None,
-        sizes=target,
-        index_map=index_map,
     )
 
 
@@ -306,18 +295,11 @@ def _bytes(
 
 
 def needed_by(
-    manifest: Manifest,
-    large: Anchor,
-    small: Anchor,
-    target: Sizes,
-    index_map: IndexMap | None,
-    operations: tuple[TensorOp, ...],
+    large: Anchor, small: Anchor, pair: Pair, target: Sizes, operations: tuple[TensorOp, ...]
 ) -> dict[str, dict[str, list[Run]]]:
-    """Returns, by anchor, which byte runs of which parameters the operations need
-    (:mod:`cbd_hub.interpolation.ranges`)."""
-    sizes = manifest.sizes(large), manifest.sizes(small)
+    """Returns, by anchor, which byte runs of which parameters the operations need."""
     items = _ITEM_BYTES[large.dtype], _ITEM_BYTES[small.dtype]
-    from_large, from_small = needed_runs(operations, manifest.resolved_axis_map, index_map, *sizes, target, items)
+    from_large, from_small = needed_runs(operations, pair, target, items)
     return {large.name: from_large} if large is small else {large.name: from_large, small.name: from_small}
 
 

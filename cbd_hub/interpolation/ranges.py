@@ -5,15 +5,14 @@ target takes, widened to whole blocks of :data:`BLOCK` bytes: these have digests
 their own, and for less a request more would cost as much as the bytes. Integers only.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import numpy as np
 
-from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
-from cbd_hub.interpolation.operations import TensorOp, taken_units
-from cbd_hub.manifest.index_maps import IndexMap
+from cbd_hub.interpolation.operations import TensorOp
+from cbd_hub.interpolation.pair import Pair
 
 __all__ = ["BLOCK", "Run", "count_bytes", "merge", "needed_runs", "subtract"]
 
@@ -70,22 +69,13 @@ def _row_runs(rows: np.ndarray | None, shape: Sequence[int], item_bytes: int) ->
 
 
 def needed_runs(
-    operations: Iterable[TensorOp],
-    axis_map: AxisMap,
-    index_map: IndexMap | None,
-    large: Sizes,
-    small: Sizes,
-    target: Sizes,
-    item_bytes: tuple[int, int],
+    operations: Iterable[TensorOp], pair: Pair, target: Sizes, item_bytes: tuple[int, int]
 ) -> tuple[dict[str, list[Run]], dict[str, list[Run]]]:
     """Returns, for the large and for the small anchor, parameter name → runs within the tensor that are needed.
 
     Args:
         operations: One a tensor of the target.
-        axis_map: The resolved map of the family.
-        index_map: Correspondence of the two anchors; None takes tensors whole.
-        large: Sizes of the large anchor.
-        small: Sizes of the small anchor; all of it is needed where any of a tensor is.
+        pair: The two anchors. All of a small anchor's tensor is needed where any of it is.
         target: Sizes of the target.
         item_bytes: Bytes a number, of the large and of the small anchor.
 
@@ -94,11 +84,11 @@ def needed_runs(
     from_large: dict[str, list[Run]] = {}
     from_small: dict[str, list[Run]] = {}
     for op in operations:
-        layout = axis_map.layout(op.pattern)
+        layout = pair.axis_map.layout(op.pattern)
         if op.large:
-            taken: Mapping[str, np.ndarray] = taken_units(op, axis_map, index_map, large, target)
-            runs = _row_runs(layout.rows(0, large, taken), layout.shape(large), item_bytes[0])
+            taken = pair.taken(op, target)
+            runs = _row_runs(layout.rows(0, pair.large, taken), layout.shape(pair.large), item_bytes[0])
             from_large[op.large] = merge([*from_large.get(op.large, []), *runs])
         if op.small:
-            from_small[op.small] = [(0, layout.count(small) * item_bytes[1])]
+            from_small[op.small] = [(0, layout.count(pair.small) * item_bytes[1])]
     return from_large, from_small

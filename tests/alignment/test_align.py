@@ -19,9 +19,9 @@ from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
 from cbd_hub.errors import AxisMapError, RecipeError, SizeError
 from cbd_hub.evaluation.held_out import evaluate_loss
-from cbd_hub.interpolation.materialize import build_model, cut, make_tensor, target_config
+from cbd_hub.interpolation.materialize import blend_models, cut
 from cbd_hub.interpolation.operations import list_operations
-from cbd_hub.interpolation.plan import plan_subset
+from cbd_hub.interpolation.pair import Pair
 from cbd_hub.interpolation.tensors import take
 from cbd_hub.manifest.index_maps import IndexMap
 
@@ -76,14 +76,8 @@ def average(
     axis_map = axis_map_for(large.config)
     sizes = axis_map.sizes(large.config), axis_map.sizes(small.config)
     target = sizes[0] if target is None else target
-    stored = large.state_dict(), small.state_dict()
-    pair = (sizes[0], stored[0].__getitem__), (sizes[1], stored[1].__getitem__)
-    tensors = {
-        op.name: make_tensor(op, axis_map, index_map, *pair, target, torch.float32)
-        for op in list_operations(axis_map, sizes[1], sizes[0], target, index_map, "interpolate", alpha)
-    }
-    config = target_config(large.config, axis_map, plan_subset(axis_map, sizes[0], target, index_map))
-    return build_model(config, tensors, torch.float32)
+    pair = Pair(axis_map, sizes[1], sizes[0], index_map)
+    return blend_models(list_operations(pair, target, "interpolate", alpha), pair, target, large, small)
 
 
 def distance(a: PreTrainedModel, b: PreTrainedModel) -> float:

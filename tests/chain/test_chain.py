@@ -387,15 +387,14 @@ def test_equal_anchors_make_equal_models(tmp_path: Path, variant: str) -> None:
 def test_bytes_to_read_are_the_bytes_read(chain_of: Callable[..., Path], variant: str, dtype: torch.dtype) -> None:
     folder = chain_of(variant, dtype)
     chain = Chain.from_pretrained(folder)
-    axis_map = chain.manifest.resolved_axis_map
     for method in ("interpolate", "paper", "expand", "prune"):
         for pair in (0, 1):
             plan = chain.plan(middle_size(folder, pair), method=method)
             entries = {a.name: a.entry for a in chain.anchors}
             files = {name: open_weights(chain, entries[name]) for name in (plan.large, plan.small)}
-            large, small = [(axis_map.sizes(entries[n].shape), files[n].read) for n in (plan.large, plan.small)]
+            read = files[plan.large].read, files[plan.small].read
             for op in plan.operations:
-                tensor = make_tensor(op, axis_map, plan.index_map, large, small, plan.sizes, dtype)
+                tensor = make_tensor(op, plan.pair, plan.sizes, *read, dtype)
                 assert (tuple(tensor.shape), tensor.dtype) == (op.shape, dtype)
                 assert tensor.is_contiguous()
                 assert tensor.untyped_storage().nbytes() == tensor.nbytes  # owns its memory, and no more

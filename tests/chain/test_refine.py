@@ -244,9 +244,9 @@ def test_candidates_of_an_interpolation_whose_anchors_differ_in_layers() -> None
     assert (weights[0].plan.alpha, weights[0].plan.own_weight) == (plan.alpha, 1.0)
     for candidate in weights[1:]:
         assert candidate.plan.own_weight == pytest.approx(1 - candidate.plan.alpha**2)
-    order = plan.index_map.layers.tolist() if plan.index_map else []
+    order = plan.pair.index_map.layers.tolist()
     assert order == [2, 4, 3, 0, 1]  # 2 and 4 are the small anchor's
-    chosen = [sorted(c.plan.index_map.layers[:4].tolist()) for c in layers if c.plan.index_map]
+    chosen = [sorted(c.plan.pair.index_map.layers[:4].tolist()) for c in layers]
     assert chosen == [[0, 1, 2, 4], [1, 2, 3, 4]]
     assert [c.plan.alpha for c in others] == [1.0, 0.0]
     assert [c.refit for c in others + last] == [False, True, True]

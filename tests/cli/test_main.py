@@ -279,7 +279,8 @@ def test_eval_of_an_anchor_folder(run: Run) -> None:
     assert row["loss"] == run("eval", built_chain(), *options).json[0]["loss"]
 
 
-def test_eval_prints_a_path_with_brackets_as_it_is(run: Run, tmp_path: Path) -> None:
+def test_eval_prints_a_path_with_brackets_as_it_is(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "250")  # no fold in the middle of it, however long the path is
     entry = Chain.from_pretrained(built_chain()).manifest.anchors[-1]
     (tmp_path / "[v1]").symlink_to(built_chain() / entry.subfolder)
     told = run("eval", tmp_path / "[v1]", "--text", HELD_OUT, "--sequence-length", 32, "--max-tokens", 100)

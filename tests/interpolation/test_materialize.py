@@ -11,9 +11,9 @@ from cbd_hub.alignment.importance import rank
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
 from cbd_hub.files import whole_folder
-from cbd_hub.interpolation.materialize import build_model, make_tensor, parse_dtype, target_config
-from cbd_hub.interpolation.plan import plan_subset
-from cbd_hub.manifest.index_maps import IndexMap
+from cbd_hub.interpolation.materialize import blend, build_model, parse_dtype, target_config
+from cbd_hub.interpolation.operations import list_operations
+from cbd_hub.interpolation.pair import Pair
 
 
 def test_parse_dtype() -> None:
@@ -51,16 +51,13 @@ def test_all_units_of_a_model_are_the_model_itself(family: str) -> None:
     axis_map = axis_map_for(model.config)
     sizes = axis_map.sizes(model.config)
     state = model.state_dict()
-    plan = plan_subset(axis_map, sizes, sizes, IndexMap(torch.arange(sizes["layers"]).numpy()))
-    source = (sizes, state.__getitem__)
-    made = {
-        op.name: make_tensor(op, axis_map, plan.index_map, source, source, sizes, torch.float32)
-        for op in plan.operations
-    }
+    pair = Pair.same(axis_map, sizes)
+    operations = list_operations(pair, sizes, "prune", 0.0)
+    made = dict(blend(operations, pair, sizes, state.__getitem__, state.__getitem__, torch.float32))
     for name, tensor in made.items():
         assert torch.equal(tensor, state[name])
         assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    again = build_model(target_config(model.config, axis_map, plan), made, torch.float32)
+    again = build_model(target_config(model.config, pair, sizes), made, torch.float32)
     ids = torch.arange(3, 19).view(2, 8)
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits)  # another attention kernel
@@ -73,8 +70,7 @@ def test_per_layer_lists_follow_the_kept_layers() -> None:
     sizes = axis_map.sizes(model.config)
     small = {**sizes, "layers": 2}
     index_map = replace(rank(model, axis_map, sizes, small, None), layers=torch.tensor([0, 2, 1, 3]).numpy())
-    plan = plan_subset(axis_map, sizes, small, index_map)
-    config = target_config(model.config, axis_map, plan)
+    config = target_config(model.config, Pair(axis_map, small, sizes, index_map), small)
     assert config.num_hidden_layers == 2
     assert config.layer_types == ["sliding_attention", "full_attention"]
     assert model.config.num_hidden_layers == 4

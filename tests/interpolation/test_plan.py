@@ -6,17 +6,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from make_chain import edit_manifest, make_chain, steps_for, variant_model
+from make_chain import edit_manifest, make_chain, variant_model
 from tiny_models import VARIANTS
 
-from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.sizing import count_parameters
 from cbd_hub.chain.chain import Chain
-from cbd_hub.errors import AxisMapError, SizeError
-from cbd_hub.interpolation.plan import METHODS, Plan, make_plan, plan_subset
-from cbd_hub.manifest.index_maps import IndexMap, load_index_maps
+from cbd_hub.errors import SizeError
+from cbd_hub.interpolation.plan import METHODS, Plan, make_plan
+from cbd_hub.manifest.index_maps import load_index_maps
 from cbd_hub.manifest.manifest import INDEX_MAPS_NAME, MANIFEST_NAME, read_manifest
 from cbd_hub.manifest.records import CurvePoint, Evaluation
 
@@ -248,20 +246,3 @@ def test_outside_names_range_and_nearest(folder: Path, plan: Any) -> None:
     assert plan(round(counts[0] * 1.005)).method == "anchor"  # within the tolerance
     with pytest.raises(SizeError):
         plan(round(counts[0] * 1.005), tolerance=0.001)
-
-
-# -- subsets ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_subset_reads_its_neighbour_only() -> None:
-    config = variant_model("llama").config
-    axis_map = axis_map_for(config)
-    large = axis_map.sizes(config)
-    target = steps_for(axis_map, large)[1]
-    index_map = IndexMap(layers=np.array([2, 0, 1]))
-    made = plan_subset(axis_map, large, {**target, "layers": 1}, index_map)
-    assert {op.small for op in made.operations} == {None}
-    assert {op.layer for op in made.operations} == {None, 2}
-    assert made.num_parameters == count_parameters(axis_map, {**target, "layers": 1})
-    with pytest.raises(AxisMapError, match="must be a multiple"):
-        plan_subset(axis_map, large, {**target, "hidden": 31}, index_map)

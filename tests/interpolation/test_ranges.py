@@ -15,7 +15,6 @@ from cbd_hub.chain.chain import Chain
 from cbd_hub.interpolation import ranges
 from cbd_hub.interpolation.checkpoints import read_header
 from cbd_hub.interpolation.materialize import make_tensor
-from cbd_hub.interpolation.plan import needed_by
 from cbd_hub.interpolation.ranges import Run, count_bytes, merge, subtract
 
 runs = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=8)
@@ -68,8 +67,7 @@ def test_bytes_that_are_not_asked_for_are_not_needed(
     manifest = chain.manifest
     large, small = manifest.anchors[:2]
     plan = chain.plan((large.num_parameters + small.num_parameters) // 2, tolerance=0.1, **how)
-    needed = needed_by(manifest, large, small, plan.sizes, plan.index_map, plan.operations)
-    axis_map = manifest.resolved_axis_map
+    needed, pair = plan.needed, plan.pair
     opened = {anchor.name: open_weights(chain, anchor) for anchor in (large, small)}
 
     def read(anchor: str, name: str, poisoned: bool) -> torch.Tensor:
@@ -86,10 +84,8 @@ def test_bytes_that_are_not_asked_for_are_not_needed(
     for op in plan.operations:
         made = []
         for poisoned in (False, True):
-            sources = [
-                (manifest.sizes(a), lambda name, a=a, p=poisoned: read(a.name, name, p)) for a in (large, small)
-            ]
-            made.append(make_tensor(op, axis_map, plan.index_map, sources[0], sources[1], plan.sizes, torch.float32))
+            sources = [lambda name, a=a, p=poisoned: read(a.name, name, p) for a in (large, small)]
+            made.append(make_tensor(op, pair, plan.sizes, *sources, torch.float32))
         assert torch.equal(*made), op.name
         assert not made[0].isnan().any()
     total = {a.name: sum(i.num_bytes for i in opened[a.name].tensors.values()) for a in (large, small)}
@@ -107,7 +103,7 @@ def test_whole_blocks_of_layers_are_left_out(tmp_path: Path) -> None:
     large, small = chain.manifest.anchors[:2]
     shape = {**large.shape, "num_hidden_layers": small.shape["num_hidden_layers"], "intermediate_size": 280}
     plan = chain.plan(shape=shape, method="prune")
-    needed = needed_by(chain.manifest, large, small, plan.sizes, plan.index_map, plan.operations)[large.name]
+    needed = plan.needed[large.name]
     assert all(len(runs) == 1 for runs in needed.values())
     left_out = set(open_weights(chain, large).tensors) - set(needed)
     layers = chain.manifest.sizes(large)["layers"] - plan.sizes["layers"]

@@ -108,6 +108,7 @@ def test_a_dataset_is_loaded_in_a_fresh_process(tmp_path: Path) -> None:
     make_dataset_folder(tmp_path)
     code = (
         "import sys; from cbd_hub.text.documents import *\n"
+        "from cbd_hub.text.settings import DataConfig, DatasetSource\n"
         "config = DataConfig(dataset=DatasetSource(name='rows', column='body'))\n"
         "print(load_documents(config, sys.argv[1])['text'][:])"
     )

@@ -61,6 +61,7 @@ def test_training_is_deterministic_across_processes(tmp_path: Path) -> None:
     make_files(tmp_path, a="\f".join(texts(documents)))
     code = (
         "import sys; from cbd_hub.text.packing import *; from cbd_hub.text.documents import *\n"
+        "from cbd_hub.text.settings import DataConfig\n"
         "documents = load_documents(DataConfig(text_files='a.txt'), sys.argv[1])\n"
         "train_tokenizer(documents, 400).save_pretrained(sys.argv[1] + '/there')"
     )

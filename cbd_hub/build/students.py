@@ -1,0 +1,69 @@
+"""How an anchor starts: the units of its larger neighbor that count most, with its output projections refitted."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cbd_hub.axes.axis_map import AxisMap
+from cbd_hub.evaluation.held_out import evaluate_loss
+from cbd_hub.initialization.refit import can_refit, refit
+from cbd_hub.interpolation.materialize import cut
+from cbd_hub.losses.heads import kept_hidden
+from cbd_hub.manifest.index_maps import IndexMap
+from cbd_hub.text.documents import Documents
+
+__all__ = ["cut_student", "refit_if_better"]
+
+
+def cut_student(
+    teacher: PreTrainedModel,
+    axis_map: AxisMap,
+    small: dict[str, int],
+    index_map: IndexMap,
+    blocks: Tensor | None,
+    validation: Documents | None,
+    progress: bool = True,
+) -> tuple[PreTrainedModel, float | None]:
+    """Cuts a student out of its teacher and refits it where that lowers its loss.
+
+    Args:
+        teacher: The larger neighbor; not changed.
+        axis_map: Its resolved map.
+        small: Sizes of the student.
+        index_map: The teacher's units in their order; the first ones are kept.
+        blocks: (N, S) token ids to fit on, never those of ``validation``; None refits nothing.
+        validation: Blocks that decide whether the refit is kept.
+        progress: Show a progress bar.
+
+    Returns:
+        The student, and the validation loss (nats a token) of the subset as it was cut; None where nothing was
+        refitted.
+    """
+    student = cut(teacher, axis_map, axis_map.sizes(teacher.config), small, index_map)
+    if blocks is None or validation is None or not can_refit(axis_map):
+        return student, None
+    return student, refit_if_better(student, teacher, axis_map, index_map, blocks, validation, progress)
+
+
+def refit_if_better(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    axis_map: AxisMap,
+    index_map: IndexMap,
+    blocks: Tensor,
+    validation: Documents,
+    progress: bool = True,
+) -> float:
+    """Refits a student in place, unless that raises its loss; returns the loss (nats a token) that it had before.
+
+    Arguments are those of :func:`cut_student`. Cost: two evaluations, and the passes of the refit.
+    """
+    before = evaluate_loss(student, validation).loss
+    weights: dict[str, Any] = {name: p.detach().clone() for name, p in student.named_parameters()}
+    small, large = axis_map.sizes(student.config), axis_map.sizes(teacher.config)
+    kept = kept_hidden(index_map, small["hidden"], large["hidden"])
+    refit(student, teacher, axis_map, index_map.layers_of(small["layers"]), kept, blocks, progress=progress)
+    if not evaluate_loss(student, validation).loss < before:
+        student.load_state_dict(weights, strict=False)
+    return before
