@@ -17,7 +17,7 @@ EXPANSIONS = ("expand, zero padding", "expand, duplication")
 NOT_RIVALS = ("alpha", "anchor", "independent anchor", "below", "control")
 QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of t, 97.5 %, 1 to 10 degrees
 NEAR = 0.01  # nats; what a flat optimum may cost
-COLOURS = (*evaluation.COLOURS, "#888888", "#7A4EAB")
+COLORS = (*evaluation.COLORS, "#888888", "#7A4EAB")
 PAPER_SPEED_UP = 80.26
 
 
@@ -344,11 +344,11 @@ def _plot(f: Figures, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     chosen = [OURS, "expand, zero padding", "prune + refit", "paper, aligned anchors", "paper, independent anchors"]
     chosen += ["passthrough, layers dropped", "boomerang, layers patched", "direct from a pruned start, equal tokens"]
-    for colour, arm in zip(COLOURS, chosen, strict=True):
+    for color, arm in zip(COLORS, chosen, strict=True):
         points = [(n, m) for n in sorted(f.sizes(arm)) if (m := f.mean(arm, n)) is not None]
         if points:
             errors = [m.error or 0 for _, m in points]
-            style = {"color": colour, "marker": "o", "capsize": 3, "linestyle": "-" if len(points) > 2 else ""}
+            style = {"color": color, "marker": "o", "capsize": 3, "linestyle": "-" if len(points) > 2 else ""}
             left.errorbar([n for n, _ in points], [m.mean for _, m in points], errors, label=arm, **style)
     anchors = [(n, m.mean) for a, n, s in f.by if a.startswith("anchor") and (m := f.mean(a, n)) is not None]
     left.plot(*zip(*anchors, strict=True), "D", color="black", markersize=9, label="anchors")
@@ -356,11 +356,11 @@ def _plot(f: Figures, path: Path) -> None:
     left.set_title("Step 0", loc="left", fontweight="bold")
     for size in f.key_sizes()[:1]:
         shown = [OURS, *EXPANSIONS, "prune + refit", "random subset + refit", "weight subcloning"]
-        for colour, arm in zip(COLOURS, [*shown, "paper, independent anchors", "random init"], strict=True):
+        for color, arm in zip(COLORS, [*shown, "paper, independent anchors", "random init"], strict=True):
             means = [(s, m) for s in f.steps(size, arm) if (m := f.mean(arm, size, s)) is not None]
             at = [f.steps(size).index(s) for s, _ in means if s in f.steps(size)]
             values, errors = [m.mean for _, m in means], [m.error or 0 for _, m in means]
-            right.errorbar(at, values[: len(at)], errors[: len(at)], label=arm, color=colour, marker="o", capsize=3)
+            right.errorbar(at, values[: len(at)], errors[: len(at)], label=arm, color=color, marker="o", capsize=3)
         scratch = f.mean("scratch, long", size)
         if scratch is not None:
             label = f"scratch, {_human(f.first('scratch, long', size)['tokens'])} tokens"

@@ -1,4 +1,4 @@
-"""What one process of a launch runs: ``launched.py FOLDER JSON`` distils a tiny student and leaves what came of it.
+"""What one process of a launch runs: ``launched.py FOLDER JSON`` distills a tiny student and leaves what came of it.
 
 JSON has fields of the config, and ``family`` and ``rows`` of what is trained. All processes write into FOLDER:
 ``{rank}.safetensors``, the student's weights, and ``{rank}.json``, the losses and how the processes were used.
@@ -37,7 +37,7 @@ def blocks(rows: int, seed: int) -> Dataset:
 
 
 def run(folder: Path, family: str = "llama", tied: bool = True, **config: Any) -> dict[str, Any]:
-    """Distils in this process and returns what `main` writes."""
+    """Distills in this process and returns what `main` writes."""
     overrides = {"vocab_size": VOCAB, "tie_word_embeddings": tied}
     teacher = tiny_model(tiny_config(family, **overrides), seed=0)
     student = tiny_model(tiny_config(family, **overrides, num_hidden_layers=2), seed=1)

@@ -1,4 +1,4 @@
-"""Chains on disk from tiny random models, made without training: every anchor is cut out of its larger neighbour.
+"""Chains on disk from tiny random models, made without training: every anchor is cut out of its larger neighbor.
 
 The units of every axis that shrinks are kept in a random order, so nothing may rely on prefixes, and noise is added
 to the smaller anchor's weights, so that the two differ wherever they overlap.

@@ -19,7 +19,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``script(name)`` imports a benchmark as its neighbours do."""
+    """``script(name)`` imports a benchmark as its neighbors do."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
     def load(name: str) -> ModuleType:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -77,3 +78,40 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 def test_figures_are_those_of_the_committed_run() -> None:
     script = runpy.run_path(str(ROOT / ".ci" / "readme_table.py"))
     assert script["table"]() in README.read_text(encoding="utf-8"), "run python .ci/readme_table.py"
+
+
+def test_the_tree_is_that_of_the_package() -> None:
+    script = runpy.run_path(str(ROOT / ".ci" / "tree.py"))
+    for page in script["PAGES"]:
+        assert script["written"](page) == (ROOT / page).read_text(encoding="utf-8"), "run python .ci/tree.py"
+        assert script["tree"](page == "CONTRIBUTING.md") in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_tables_of_recipe_keys_are_those_of_the_models() -> None:
+    script = runpy.run_path(str(ROOT / ".ci" / "recipe_tables.py"))
+    for page in script["PAGES"]:
+        assert script["written"](page.read_text(encoding="utf-8")) == page.read_text(encoding="utf-8"), (
+            "run python .ci/recipe_tables.py"
+        )
+    assert script["table"](script["MODELS"]["Recipe"]) in PAGES_TEXT
+
+
+PAGES_TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+RECIPES = [
+    (page, code)
+    for page in PAGES
+    for info, code in blocks(page)
+    if info.split()[:1] == ["yaml"] and re.search(r"^(name|source):", code, re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("page", "code"), RECIPES, ids=[f"{page.stem}{i}" for i, (page, _) in enumerate(RECIPES)])
+def test_recipes_of_the_pages_load(page: Path, code: str, tmp_path: Path) -> None:
+    """A whole recipe loads as it stands; a part of one loads once what it leaves out is added."""
+    from cbd_hub.build.recipe import load_recipe
+
+    whole = {"name": "part", "source": {"model": "org/m"}, "anchors": [0.7], "data": {"text_files": "a.txt"}}
+    recipe = {**whole, **yaml.safe_load(code)}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert load_recipe(tmp_path / "recipe.yaml")[0].name == recipe["name"], page
+    assert RECIPES

@@ -1,6 +1,6 @@
 """Tiny real models of every supported family, with weights that give nothing away.
 
-A freshly initialised model has norm gains of exactly one and biases of exactly zero, so a mistake in either goes
+A freshly initialized model has norm gains of exactly one and biases of exactly zero, so a mistake in either goes
 unseen: permuting ones changes nothing. :func:`tiny_model` therefore draws *every* parameter at random.
 """
 

@@ -3,7 +3,7 @@
 RMSNorm without a gain commutes with rotations, so once its gains are folded into the matrices that read it, the
 stream can be written in any orthonormal basis and the model stays the same. In the basis of the principal components
 of its activations, the first n units carry as much of the stream as any n directions can: a narrower model is simply
-the first n units, and neighbours of a chain share them.
+the first n units, and neighbors of a chain share them.
 
 A tied head is the exception: it reads the final norm through the embedding, whose rows also *write* the stream, so
 the final gain cannot be folded away. It is halved instead: with s = sqrt(gain / mean gain), what writes the stream is
@@ -121,7 +121,7 @@ def _moments(
     """Second moments of the stream, every token brought to mean square 1, at the inputs of the named gains' norms.
 
     Returns:
-        The uncentred covariance (H, H), every norm an equal vote, and its diagonal (H,) for every norm; float64, CPU.
+        The uncentered covariance (H, H), every norm an equal vote, and its diagonal (H,) for every norm; float64, CPU.
     """
     covariance = torch.zeros(hidden, hidden, dtype=torch.float64, device=model.device)
     energy = {name: torch.zeros(hidden, dtype=torch.float64, device=model.device) for name in norms}

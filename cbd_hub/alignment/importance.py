@@ -1,6 +1,6 @@
 """Which units matter: from activation statistics to an order of every axis that shrinks.
 
-An anchor starts as a subset of its larger neighbour, so something must say which ffn units, heads, hidden units and
+An anchor starts as a subset of its larger neighbor, so something must say which ffn units, heads, hidden units and
 layers to keep. A unit's importance is what it adds to the residual stream: its squared activation times the squared
 norm of the weights that carry it there, as a share of what all units of the layer add for that token, averaged over
 tokens. Shares, because the first position of a sequence carries activations a thousand times the others' and would
@@ -279,7 +279,7 @@ def rank(
     prefix_hidden: bool = False,
     progress: bool = False,
 ) -> IndexMap:
-    """Decides which units of a model its smaller neighbour keeps, and the order in which the others come back.
+    """Decides which units of a model its smaller neighbor keeps, and the order in which the others come back.
 
     Units of an axis are ordered by importance, best first, so that every size in between is a prefix. Layers are
     chosen by loss: contiguous spans of the middle, the layers that cost least alone and those that turn the stream
@@ -287,7 +287,7 @@ def rank(
 
     Args:
         model: The larger model; ``axis_map`` is its own and ``large`` its sizes.
-        small: Sizes of the smaller neighbour; axes that do not differ get no order.
+        small: Sizes of the smaller neighbor; axes that do not differ get no order.
         blocks: (N, S) token ids to calibrate on, which must be no test text; None to look at the weights alone.
         prefix_hidden: The hidden units are in order already (see :mod:`cbd_hub.alignment.basis`).
         progress: Show progress bars.
@@ -298,7 +298,7 @@ def rank(
     Cost: one forward pass over the blocks, and where layers differ at most 40 more over 4,096 tokens.
 
     Raises:
-        SizeError: ``large`` is not the model's, or ``small`` is no smaller neighbour of it.
+        SizeError: ``large`` is not the model's, or ``small`` is no smaller neighbor of it.
         AxisMapError: An axis that differs is read by no matrix of the map.
         RecipeError: ``blocks`` holds no token.
     """
@@ -307,7 +307,7 @@ def rank(
     differing = [axis for axis in large if small[axis] != large[axis]]
     if wrong := [a for a in differing if a in axis_map.frozen or not 0 < small[a] < large[a]]:
         raise SizeError(
-            f"axis {wrong[0]!r} is {large[wrong[0]]} and cannot become {small[wrong[0]]}: a smaller neighbour keeps "
+            f"axis {wrong[0]!r} is {large[wrong[0]]} and cannot become {small[wrong[0]]}: a smaller neighbor keeps "
             f"{', '.join(axis_map.frozen)} and has at least one and at most as many units on every other axis"
         )
     if blocks is None:

@@ -113,7 +113,7 @@ def layer_similarity(small: PreTrainedModel, large: PreTrainedModel, axis_map: A
 
 
 def _layer_grams(model: PreTrainedModel, axis_map: AxisMap, blocks: Tensor) -> list[Tensor]:
-    """For every layer the centred inner products of its tokens' updates, each (T, T) of norm 1."""
+    """For every layer the centered inner products of its tokens' updates, each (T, T) of norm 1."""
     grams: list[Tensor] = []
 
     def compare(x: Tensor, y: Tensor) -> None:

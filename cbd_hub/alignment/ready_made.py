@@ -1,4 +1,4 @@
-"""An anchor that starts as a public checkpoint instead of a subset of its neighbour: the paper's own kind of chain."""
+"""An anchor that starts as a public checkpoint instead of a subset of its neighbor: the paper's own kind of chain."""
 
 import numpy as np
 from torch import Tensor
@@ -11,11 +11,11 @@ from cbd_hub.axes.sizing import Sizes
 from cbd_hub.errors import RecipeError
 from cbd_hub.manifest.index_maps import IndexMap
 
-__all__ = ["adopt", "check_neighbours", "positional_map"]
+__all__ = ["adopt", "check_neighbors", "positional_map"]
 
 
-def check_neighbours(small: PreTrainedModel, large: PreTrainedModel, name: str) -> None:
-    """Refuses a checkpoint that cannot be the smaller neighbour of a model.
+def check_neighbors(small: PreTrainedModel, large: PreTrainedModel, name: str) -> None:
+    """Refuses a checkpoint that cannot be the smaller neighbor of a model.
 
     Raises:
         RecipeError: Another architecture, another vocabulary or head size, or larger on some axis.
@@ -23,25 +23,25 @@ def check_neighbours(small: PreTrainedModel, large: PreTrainedModel, name: str) 
     own, other = axis_map_for(small.config), axis_map_for(large.config)
     if own.model_type != other.model_type or set(own.tensors) != set(other.tensors):
         raise RecipeError(
-            f"{name!r} is a {own.model_type} model with other tensors than its neighbour, a {other.model_type} model; "
+            f"{name!r} is a {own.model_type} model with other tensors than its neighbor, a {other.model_type} model; "
             "the anchors of a chain have one architecture"
         )
     mine, theirs = own.sizes(small.config), other.sizes(large.config)
     for axis, size in mine.items():
         if axis in own.frozen and size != theirs[axis]:
-            raise RecipeError(f"{name!r} has {axis} {size} and its neighbour {theirs[axis]}; a chain keeps one {axis}")
+            raise RecipeError(f"{name!r} has {axis} {size} and its neighbor {theirs[axis]}; a chain keeps one {axis}")
         if size > theirs[axis]:
-            raise RecipeError(f"{name!r} has {axis} {size}, more than its larger neighbour's {theirs[axis]}")
+            raise RecipeError(f"{name!r} has {axis} {size}, more than its larger neighbor's {theirs[axis]}")
 
 
 def adopt(
     small: PreTrainedModel, large: PreTrainedModel, axis_map: AxisMap, blocks: Tensor | None, progress: bool = True
 ) -> tuple[PreTrainedModel, IndexMap]:
-    """Makes a checkpoint the smaller neighbour of a model.
+    """Makes a checkpoint the smaller neighbor of a model.
 
     Args:
         small: The checkpoint; its function is not changed.
-        large: The larger neighbour.
+        large: The larger neighbor.
         axis_map: The resolved map of both.
         blocks: (N, S) token ids to align it on (:func:`cbd_hub.alignment.align.align`); None takes its units in the
             order that they have, as the paper does.

@@ -160,8 +160,8 @@ def curve_html(manifest: Manifest, count: int, loss: float | None) -> str:
     axes = figure.add_subplot()
     for index, (method, line) in enumerate(curve_points(manifest).items()):
         label = "measured" if method == "interpolate" else f"measured, {method}"
-        colour = (BLUE, *_OTHERS)[index % (1 + len(_OTHERS))]
-        axes.plot(*zip(*line, strict=True), "o-", color=colour, linewidth=2, markersize=4, label=label)
+        color = (BLUE, *_OTHERS)[index % (1 + len(_OTHERS))]
+        axes.plot(*zip(*line, strict=True), "o-", color=color, linewidth=2, markersize=4, label=label)
     sizes = [a.num_parameters for a in manifest.anchors if a.evaluation]
     if sizes:
         losses = [a.evaluation.loss for a in manifest.anchors if a.evaluation]
@@ -226,8 +226,8 @@ def plan_html(rows: Iterable[tuple[str, str]]) -> str:
 def heading_html(manifest: Manifest) -> str:
     """Returns the head of the page: what chain this is, in HTML."""
     anchors = ", ".join(format_count(a.num_parameters) for a in reversed(manifest.anchors))
-    licence = manifest.license or "not stated"
-    about = f"Anchors of {anchors} parameters ({manifest.architecture}); licence {licence}. Choose a size in between."
+    license = manifest.license or "not stated"
+    about = f"Anchors of {anchors} parameters ({manifest.architecture}); license {license}. Choose a size in between."
     return f"<h1>{escape(manifest.name)}</h1><p>{escape(about)}</p>"
 
 
@@ -240,7 +240,7 @@ def message_html(text: str, error: bool = False) -> str:
 def compared(manifest: Manifest, plan: Plan) -> tuple[Anchor, Anchor]:
     """Returns the small and the large anchor that a model is compared with.
 
-    They are those that it was made from; where it is an anchor itself, its neighbours (at an end, itself and one).
+    They are those that it was made from; where it is an anchor itself, its neighbors (at an end, itself and one).
     """
     names = [a.name for a in manifest.anchors]
     small, large = names.index(plan.small), names.index(plan.large)

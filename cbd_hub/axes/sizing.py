@@ -2,7 +2,7 @@
 
 A *size* here is a dict of axis sizes, ``{"layers": 30, "hidden": 576, "ffn": 1536, ...}``. Three questions are
 answered: how many parameters has a model of these sizes (:func:`count_parameters`), which shape between two
-neighbours has a given count (:func:`solve`), and which shape should the next smaller anchor have (:func:`ladder`).
+neighbors has a given count (:func:`solve`), and which shape should the next smaller anchor have (:func:`ladder`).
 """
 
 import itertools
@@ -32,7 +32,7 @@ Sizes = Mapping[str, int]
 
 MULTIPLES: Mapping[int, float] = {128: 0.0, 64: 0.0, 32: 0.01, 16: 0.02, 8: 0.04, 4: 0.3, 2: 0.4, 1: 0.5}
 """Multiples that widths are rounded to → the price of that multiple, in units of deviation from the ideal shape
-(1 = the whole way between the two neighbours). Tensor cores like 64 and more; below 8 only as a last resort."""
+(1 = the whole way between the two neighbors). Tensor cores like 64 and more; below 8 only as a last resort."""
 
 WAYPOINTS: Sequence[Mapping[str, float]] = (
     {"ffn": 5 / 6},
@@ -41,7 +41,7 @@ WAYPOINTS: Sequence[Mapping[str, float]] = (
     {"ffn": 1 / 8, "layers": 1 / 4},
     {"ffn": 1 / 16, "kv_heads": 1 / 2, "hidden": 1 / 4},
 )
-"""The order in which a reduction is spent, as fractions of the larger neighbour: ffn units first, then ffn units and
+"""The order in which a reduction is spent, as fractions of the larger neighbor: ffn units first, then ffn units and
 layers together, width when those cannot carry it, KV groups last; ffn moves in every step because it is the axis fine
 enough to meet a count. Measured on SmolLM2-135M: per parameter removed,
 ffn units cost the least loss, width and depth about twice as much, heads the most (docs/design-notes.md)."""
@@ -112,7 +112,7 @@ def _ideal(axis_map: AxisMap, target: int, small: Sizes, large: Sizes) -> float:
 def _candidates(
     axis_map: AxisMap, target: int, small: Sizes, large: Sizes, ideal: Mapping[str, float], multiple: int
 ) -> Iterator[tuple[int, dict[str, int]]]:
-    """Shapes between two neighbours, with their counts; the finest axis (ffn, if it varies) meets the target."""
+    """Shapes between two neighbors, with their counts; the finest axis (ffn, if it varies) meets the target."""
     derived = {axis: text for axis, text in axis_map.equal.items() if small[axis] != large[axis]}
     varying = [a for a in small if small[a] != large[a] and a not in derived]
     fine = "ffn" if "ffn" in varying else None
@@ -149,9 +149,9 @@ def solve(
     shallow: bool = True,
     accept: Callable[[Sizes], bool] = lambda sizes: True,
 ) -> dict[str, int]:
-    """Returns the sizes between two neighbours that have ``target`` parameters.
+    """Returns the sizes between two neighbors that have ``target`` parameters.
 
-    Every axis in which the neighbours differ is moved along the straight line between them, as far as whole KV groups
+    Every axis in which the neighbors differ is moved along the straight line between them, as far as whole KV groups
     and hardware-friendly multiples allow; layers are added last, when the other axes cannot carry the count
     (``shallow``), or along the line as well. The finest axis then meets the count. Shapes within 0.2 % of the target
     come first; if there is none, the nearest count within ``tolerance``.
@@ -159,8 +159,8 @@ def solve(
     Args:
         axis_map: The resolved map of the family.
         target: Number of parameters.
-        small: Sizes of the smaller neighbour; no axis may be larger than in ``large``.
-        large: Sizes of the larger neighbour.
+        small: Sizes of the smaller neighbor; no axis may be larger than in ``large``.
+        large: Sizes of the larger neighbor.
         tolerance: Largest relative error of the count.
         multiples: Multiple → price; see :data:`MULTIPLES`.
         shallow: Prefer the fewest layers. Right for interpolated models, where a layer that only the large anchor has
@@ -170,7 +170,7 @@ def solve(
     Cost: at most a few tens of milliseconds; integers only.
 
     Raises:
-        SizeError: The target lies outside the two neighbours' range, or no shape between them meets the tolerance;
+        SizeError: The target lies outside the two neighbors' range, or no shape between them meets the tolerance;
             the message names the range and the nearest size.
     """
     low, high = count_parameters(axis_map, small), count_parameters(axis_map, large)
@@ -221,7 +221,7 @@ def solve(
 
 
 def gap_free(axis_map: AxisMap, small: Sizes, large: Sizes, tolerance: float = 0.01) -> bool:
-    """Whether every parameter count between two neighbours can be had within the tolerance.
+    """Whether every parameter count between two neighbors can be had within the tolerance.
 
     A layer is the coarsest step there is. With one layer less and everything else at the large end a model must not
     be smaller than with that layer and everything else at the small end, or sizes in between are out of reach.
@@ -251,7 +251,7 @@ def ladder(
     upper = dict(large)
     if target >= count_parameters(axis_map, large):
         raise SizeError(
-            f"an anchor of {format_count(target)} parameters is not smaller than its neighbour "
+            f"an anchor of {format_count(target)} parameters is not smaller than its neighbor "
             f"({format_count(count_parameters(axis_map, large))})"
         )
     for waypoint in waypoints:

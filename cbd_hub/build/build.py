@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from cbd_hub.alignment.basis import rotate
 from cbd_hub.alignment.importance import rank
-from cbd_hub.alignment.ready_made import adopt, check_neighbours
+from cbd_hub.alignment.ready_made import adopt, check_neighbors
 from cbd_hub.axes.architectures import axis_map_for, register_axis_map
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, ladder
@@ -136,7 +136,7 @@ class _Build:
         return ladder(axis_map, large, target, waypoints=self.recipe.spread.waypoints)
 
     def anchor(self, index: int, parent: Anchor, basis: str) -> _Made:
-        """Step k: rank the parent's units, cut the student out, refit it, distil it from the parent."""
+        """Step k: rank the parent's units, cut the student out, refit it, distill it from the parent."""
         spec = self.recipe.anchors[index - 1]
         teacher = self.load(parent.name)
         axis_map = axis_map_for(teacher.config)
@@ -148,7 +148,7 @@ class _Build:
         cut_loss = None
         if spec.init is not None:
             student = self.made.checkpoint(spec.init, spec.revision)
-            check_neighbours(student, teacher, spec.init)
+            check_neighbors(student, teacher, spec.init)
             blocks = self.made.calibration() if spec.align else None
             student, index_map = adopt(student, teacher, axis_map, blocks, self.progress)
             if PartialState().is_main_process:
@@ -343,7 +343,7 @@ def _is_model_file(name: str) -> bool:
 def build_chain(
     recipe: str | Path | Mapping[str, Any] | Recipe, output_dir: str | Path, resume: bool = True, progress: bool = True
 ) -> Chain:
-    """Builds a chain: source, then every anchor distilled from its larger neighbour.
+    """Builds a chain: source, then every anchor distilled from its larger neighbor.
 
     Args:
         recipe: Path of a YAML file, a mapping, or a :class:`cbd_hub.build.recipe.Recipe`.

@@ -101,17 +101,17 @@ class AnchorSpec(_Strict):
     """One anchor below the source: exactly one of ``fraction``, ``num_parameters``, ``shape`` and ``init``."""
 
     fraction: float | None = Field(default=None, gt=0, lt=1)
-    """Size as a fraction of the larger neighbour's parameters."""
+    """Size as a fraction of the larger neighbor's parameters."""
     num_parameters: Annotated[int, BeforeValidator(_read_size), Field(gt=0)] | None = None
     """Size as a parameter count, e.g. ``"117M"``."""
     shape: dict[str, Annotated[int, Field(gt=0)]] | None = None
-    """Config fields; those left out are the larger neighbour's."""
+    """Config fields; those left out are the larger neighbor's."""
     init: str | None = None
-    """A checkpoint (folder or repo id) to start from instead of a subset of the larger neighbour."""
+    """A checkpoint (folder or repo id) to start from instead of a subset of the larger neighbor."""
     revision: str | None = None
     """Branch, tag or commit of ``init``."""
     align: bool = True
-    """Write ``init`` in its neighbour's units first (:mod:`cbd_hub.alignment.align`); False takes it as it is."""
+    """Write ``init`` in its neighbor's units first (:mod:`cbd_hub.alignment.align`); False takes it as it is."""
     name: Name | None = None
     """By default the recipe's name and the size."""
     tokens: TokenCount | None = None
@@ -135,7 +135,7 @@ class Spread(_Strict):
     waypoints: list[dict[str, Annotated[float, Field(gt=0, le=1)]]] = Field(
         default=[dict(point) for point in WAYPOINTS], min_length=1
     )
-    """For anchors: axis → fraction of the larger neighbour, each point below the one before; see
+    """For anchors: axis → fraction of the larger neighbor, each point below the one before; see
     :data:`cbd_hub.axes.sizing.WAYPOINTS`. An anchor's own ``shape`` overrides them."""
     layers_last: bool = True
     """For models between two anchors: add ffn units before layers; False moves every axis along the straight line."""
@@ -158,7 +158,7 @@ class HubConfig(_Strict):
     private: bool | None = None
     """Whether repositories that are made are private; None is the Hub's default."""
     license: str | None = None
-    """Licence on the cards; by default the recipe's."""
+    """License on the cards; by default the recipe's."""
 
 
 class Recipe(_Strict):
@@ -184,13 +184,13 @@ class Recipe(_Strict):
     spread: Spread = Spread()
     """Which axes shrink first."""
     refit: bool = True
-    """Fit a cut anchor's output projections to its neighbour by least squares before it is distilled."""
+    """Fit a cut anchor's output projections to its neighbor by least squares before it is distilled."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How the chain is measured."""
     hub: HubConfig | None = None
     """Where it is published once it is finished."""
     license: str | None = None
-    """Licence identifier, e.g. ``apache-2.0``."""
+    """License identifier, e.g. ``apache-2.0``."""
     axis_map: dict[str, Any] | None = None
     """An axis map for an architecture that the library does not know."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -124,7 +124,7 @@ class Chain:
 
     @cached_property
     def index_maps(self) -> dict[str, IndexMap]:
-        """How each anchor's units correspond to its larger neighbour's, by the smaller one's name."""
+        """How each anchor's units correspond to its larger neighbor's, by the smaller one's name."""
         entry = self.manifest.index_maps
         path = checked_file(self.location, manifests.INDEX_MAPS_NAME, entry) if entry else None
         return load_index_maps(self.manifest, path)

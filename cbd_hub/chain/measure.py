@@ -1,4 +1,4 @@
-"""What a finished chain says about itself: the losses between its anchors, and the barrier between neighbours."""
+"""What a finished chain says about itself: the losses between its anchors, and the barrier between neighbors."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,20 +17,20 @@ __all__ = ["BARRIER_LIMIT", "barrier_height", "measure_barriers", "measure_curve
 
 BARRIER_LIMIT = 0.1
 """Nats a token. Where the losses along alpha rise higher above the line between their ends, weights are not averaged.
-Anchors from independent trainings show .5 to 2; those cut out of their neighbour none, unless half of a tiny model's
+Anchors from independent trainings show .5 to 2; those cut out of their neighbor none, unless half of a tiny model's
 layers go at once (up to .33)."""
 
 _ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def measure_barriers(chain: Chain, blocks: Documents, max_tokens: int | None, progress: bool = True) -> list[Anchor]:
-    """Measures, for every two neighbours, the loss along alpha at the shape halfway between them.
+    """Measures, for every two neighbors, the loss along alpha at the shape halfway between them.
 
     At alpha 0 the model is the large anchor pruned, at alpha 1 the small one expanded; between anchors whose units
     correspond the loss falls or sags, between others it rises (Frankle et al. 2020, "Linear Mode Connectivity").
 
     Returns:
-        The manifest's anchors, each with its ``barrier`` to the larger neighbour, and with ``aligned`` False where it
+        The manifest's anchors, each with its ``barrier`` to the larger neighbor, and with ``aligned`` False where it
         is above :data:`BARRIER_LIMIT`. A pair with no reachable size in between keeps None.
 
     Cost: five models a pair are made and evaluated.
@@ -67,7 +67,7 @@ def measure_curve(
     Args:
         chain: A chain with its anchors on disk.
         blocks: Test text.
-        per_pair: Sizes between two neighbours.
+        per_pair: Sizes between two neighbors.
         max_tokens: Most predicted tokens a measurement.
         progress: Show a progress bar.
 

@@ -1,7 +1,7 @@
 """``refine``: several ways to make one model, compared by their loss on the calibration tokens that a chain ships.
 
 No rule is best everywhere, and a loss on a few thousand tokens is cheap next to any training. So the plan's model is
-compared with its neighbours, one knob at a time: the weight of the small anchor, the weight of what only the large one
+compared with its neighbors, one knob at a time: the weight of the small anchor, the weight of what only the large one
 has, which layers carry a greater depth, the large anchor pruned and refitted, the small one expanded, and the best of
 these refitted. Half of the tokens are for the refits, which overfit what they see. On the other half all candidates
 are compared: on a part of it first, and the winner then has to beat the plan's own model on the whole by more than

@@ -57,7 +57,7 @@ def push(
     no_collection: Annotated[bool, typer.Option("--no-collection", help="Make no Collection of them.")] = False,
     branch: Annotated[str | None, typer.Option(help="Branch to commit to; made if need be.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the changes as pull requests.")] = False,
-    license: Annotated[str | None, typer.Option(help="Licence on the cards, e.g. apache-2.0.")] = None,
+    license: Annotated[str | None, typer.Option(help="License on the cards, e.g. apache-2.0.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be uploaded, and stop.")] = False,
     token: Token = None,
     as_json: Json = False,
@@ -113,7 +113,7 @@ def _show_chain(chain: "Chain", as_json: bool) -> None:
         return
     console = Console()
     console.print(
-        f"{manifest.name}: a {manifest.architecture} chain (source: {manifest.source}), licence "
+        f"{manifest.name}: a {manifest.architecture} chain (source: {manifest.source}), license "
         f"{manifest.license or 'not stated'}, basis {manifest.basis}",
         markup=False,
     )

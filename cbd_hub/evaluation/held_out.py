@@ -24,7 +24,7 @@ from cbd_hub.text.documents import Documents
 from cbd_hub.text.packing import block_batches, token_batches
 
 __all__ = [
-    "COLOURS",
+    "COLORS",
     "MARKERS",
     "Evaluation",
     "bits_per_byte",
@@ -36,11 +36,11 @@ __all__ = [
 
 Item = TypeVar("Item")
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's palette, told apart with every kind of colour blindness; black is kept for the anchors."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's palette, told apart with every kind of color blindness; black is kept for the anchors."""
 
 MARKERS = "osv^Px"
-"""Matplotlib's markers, one a colour."""
+"""Matplotlib's markers, one a color."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def plot_size_loss(
 
     Args:
         series: method -> points (parameters, loss in nats per token).
-        anchors: (name, parameters, loss), drawn as labelled diamonds.
+        anchors: (name, parameters, loss), drawn as labeled diamonds.
         path: the PNG file to write; its folder must exist.
         title: shown above the plot.
 
@@ -210,9 +210,9 @@ def plot_size_loss(
         axes.plot(
             *zip(*sorted(line), strict=True),
             label=method,
-            color=COLOURS[index % len(COLOURS)],
+            color=COLORS[index % len(COLORS)],
             marker=MARKERS[index % len(MARKERS)],
-            linestyle=("-", "--", ":")[index // len(COLOURS) % 3],
+            linestyle=("-", "--", ":")[index // len(COLORS) % 3],
             linewidth=2,
             markersize=6,
         )

@@ -1,7 +1,7 @@
 """Plots of measured models over their size: where a chain's line lies below another's, its models are better for their
 parameters.
 
-The rows are those of :mod:`cbd_hub.chain.compare`. What belongs to one argument has one colour; the anchors of a
+The rows are those of :mod:`cbd_hub.chain.compare`. What belongs to one argument has one color; the anchors of a
 chain are joined by a line, a single model is a point. Losses of different tokenizers are drawn as bits a byte.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.evaluation.held_out import COLOURS, MARKERS, human_count
+from cbd_hub.evaluation.held_out import COLORS, MARKERS, human_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,9 +138,9 @@ def _draw(axes: "Axes", rows: Sequence[Row], arguments: Mapping[str, str], metri
 
 
 def _look(index: int, style: int, line: bool) -> dict[str, Any]:
-    """Colour and marker of an argument, line style and filling of a metric."""
+    """Color and marker of an argument, line style and filling of a metric."""
     return {
-        "color": COLOURS[index % len(COLOURS)],
+        "color": COLORS[index % len(COLORS)],
         "marker": MARKERS[index % len(MARKERS)],
         "markerfacecolor": "white" if style else None,
         "linestyle": _STYLES[style % len(_STYLES)] if line else "none",

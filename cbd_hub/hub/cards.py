@@ -174,7 +174,7 @@ def recovered_card(
         test_tokens: How many tokens these are the mean of.
         chain: The chain that its start was made from, if it was.
         teacher: The model that it learned from, if any.
-        kept: Metadata of the start's card that stays true: licence, language, data sets, bases.
+        kept: Metadata of the start's card that stays true: license, language, data sets, bases.
     """
     return _render(
         "recovered.md.jinja",
@@ -207,7 +207,7 @@ def _metadata(
     more: dict[str, Any] = {"model_name": name, "eval_results": results} if results else {}
     if base_model and relation:
         more["base_model_relation"] = relation
-    if manifest.license:  # the Hub knows licences by lower-case ids, and refuses others
+    if manifest.license:  # the Hub knows licenses by lower-case ids, and refuses others
         known = _LICENSE_ID.fullmatch(manifest.license)
         more |= (
             {"license": manifest.license} if known else {"license": "other", "license_name": _line(manifest.license)}
@@ -259,7 +259,7 @@ def _dataset(manifest: Manifest) -> str | None:
 
 
 def _example_size(manifest: Manifest) -> str | int:
-    """A size for the quick start: half-way between the first neighbours that allow it, else the smallest anchor."""
+    """A size for the quick start: half-way between the first neighbors that allow it, else the smallest anchor."""
     axis_map, anchors = manifest.resolved_axis_map, manifest.anchors
     for large, small in pairwise(anchors):
         size = format_count((large.num_parameters + small.num_parameters) // 2)

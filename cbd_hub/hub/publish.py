@@ -93,7 +93,7 @@ def publish(
         collection: Put all of them into a Collection.
         branch: Branch to commit to, made if need be; None is the default branch.
         create_pr: Propose the changes as pull requests instead.
-        license: Licence on the cards instead of the chain's.
+        license: License on the cards instead of the chain's.
         dry_run: Only say what would be uploaded.
         progress: Show progress (HF_HUB_DISABLE_PROGRESS_BARS is obeyed).
 
@@ -119,7 +119,7 @@ def publish(
         a if a.repo_id else a.model_copy(update={"repo_id": names[a.name], "subfolder": None})
         for a in manifest.anchors
     ]
-    planned = manifest.model_copy(update={"anchors": named})  # for the cards, which name neighbours
+    planned = manifest.model_copy(update={"anchors": named})  # for the cards, which name neighbors
     send = partial(_upload, private=private, create_pr=create_pr, dry_run=dry_run)
 
     commits, anchors = [], []

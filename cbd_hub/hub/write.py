@@ -114,7 +114,7 @@ class Repository:
         """Makes the repository, and its branch, where they are not there yet.
 
         Args:
-            private: None leaves it to the Hub's (or the organisation's) default.
+            private: None leaves it to the Hub's (or the organization's) default.
 
         Raises:
             PublishError: No permission, or the id is not a valid one.
@@ -191,7 +191,7 @@ class Repository:
 
     @cached_property
     def owner(self) -> str:
-        """The user or organisation before the slash.
+        """The user or organization before the slash.
 
         Raises:
             PublishError: The id has no owner.

@@ -1,18 +1,18 @@
 """Sparse combinations of known vectors: orthogonal matching pursuit, and features of tokens to run it on.
 
-A token that a model has never seen has no embedding, but it has neighbours: in a space that holds new and known tokens
+A token that a model has never seen has no embedding, but it has neighbors: in a space that holds new and known tokens
 alike, its vector is nearly a weighted sum of a few vectors of known ones. *Orthogonal matching pursuit* finds that
 sum greedily: take the known vector (*atom*) that the rest of the target points along most, fit the target by all atoms
 taken so far, go on with what the fit leaves over. The weights, applied to the embeddings that the known tokens have in
 the model, give the new one (see :mod:`cbd_hub.initialization.transplant`).
 
-The space can be made from text alone: tokens that stand among the same neighbours mean much the same. Row t of a
+The space can be made from text alone: tokens that stand among the same neighbors mean much the same. Row t of a
 matrix counts how often each frequent token stands 1 to `window` places left, or right, of token t. Its positive
 pointwise mutual information
 
     max(0, log(n(t, c) N / (n(t) n(c))))
 
-says which neighbours are more frequent than chance, and a truncated singular value decomposition keeps the leading
+says which neighbors are more frequent than chance, and a truncated singular value decomposition keeps the leading
 directions of it.
 """
 
@@ -35,7 +35,7 @@ def matching_pursuit(
 ) -> tuple[Tensor, Tensor]:
     """Writes every target as a combination of at most k atoms: ``targets ~ sum_j coefficients_j atoms[indices_j]``.
 
-    All targets of a chunk are solved at once. The atoms of each are orthogonalised as they are taken (Gram-Schmidt,
+    All targets of a chunk are solved at once. The atoms of each are orthogonalized as they are taken (Gram-Schmidt,
     twice, for the rounding), so a step costs no least squares: a triangular system at the end gives the coefficients.
     Where fewer than k atoms reproduce a target, or those left depend on those taken, the other coefficients are 0.
 
@@ -121,7 +121,7 @@ def context_features(
         seed: Decides the random start of the SVD; the same seed gives the same features.
 
     Returns:
-        features (V, D) float32, rows of length 1 (0 where a token has no informative neighbour), and how often each
+        features (V, D) float32, rows of length 1 (0 where a token has no informative neighbor), and how often each
         token occurs, (V,) int64.
 
     Cost: about 16 bytes a distinct (token, context) pair, and one sparse SVD. Counting takes about a second a million

@@ -190,11 +190,11 @@ def embeddings_into(
 
     The source's rows are turned onto their principal directions, weighted by how often the blocks hold each token, so
     that the leading ones come first, and cut to the new width. Then all are scaled: a family's fresh blocks expect
-    about the spread of its initialisation. An untied head takes the source's head rows, turned and scaled alike. Where
+    about the spread of its initialization. An untied head takes the source's head rows, turned and scaled alike. Where
     the new model is wider, the further columns stay as they are.
 
     Measured on a GPT-2 of width 128 and 2 layers from SmolLM2, nats per token after 60 steps of speeches: 6.54 from
-    random rows; 6.06, 5.84, 6.19 and 6.84 with a spread of 1, 2, 5 and 15 times the initialisation's.
+    random rows; 6.06, 5.84, 6.19 and 6.84 with a spread of 1, 2, 5 and 15 times the initialization's.
 
     Args:
         model: The new model, of any family.

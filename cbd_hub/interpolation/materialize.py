@@ -137,12 +137,12 @@ def target_config(config: PreTrainedConfig, pair: Pair, target: Sizes) -> PreTra
 def _no_progress_bar() -> Iterator[None]:
     """Keeps transformers' own bar away for a moment."""
     enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if enabled:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
@@ -159,7 +159,8 @@ def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype:
         loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
-    model, info = loaded
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if problems := {k: sorted(set(v) - tied) for k, v in info.items() if k.endswith("_keys") and set(v) - tied}:
         raise AxisMapError(f"the axis map does not cover {model_class.__name__}: {problems}")
@@ -173,7 +174,7 @@ def cut(model: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, i
     """Returns a student that is a subset of a model: the units that an index map puts first.
 
     Args:
-        model: The larger neighbour; not changed, and no tensor is shared with it.
+        model: The larger neighbor; not changed, and no tensor is shared with it.
         axis_map: Its resolved map.
         large: Its sizes.
         small: Sizes of the student.

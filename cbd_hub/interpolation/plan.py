@@ -161,7 +161,7 @@ def make_plan(
     if alpha != "auto" and not (numeric and 0 <= alpha <= 1):  # type: ignore[operator]
         raise SizeError(f"alpha is {alpha!r}; allowed: a number from 0 (large anchor) to 1 (small anchor), or 'auto'")
     if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
-        raise SizeError(f"tolerance is {tolerance!r}; allowed: 0 up to 1, e.g. 0.01 for one per cent")
+        raise SizeError(f"tolerance is {tolerance!r}; allowed: 0 up to 1, e.g. 0.01 for one percent")
     axis_map = manifest.resolved_axis_map
     if shape is not None:
         small, large, sizes = _pair_for_shape(manifest, axis_map, shape)

@@ -128,7 +128,7 @@ def distillation_loss(
         divergence: one of those of :meth:`cbd_hub.losses.divergences.Divergence.named`, which has their formulas.
         skew: share of the other distribution that the two skewed divergences mix in, in [0, 1).
         temperature: T, softens both distributions of the divergence.
-        num_items: predicted tokens of the whole optimiser step, over all accumulated micro batches (and
+        num_items: predicted tokens of the whole optimizer step, over all accumulated micro batches (and
             devices); then the summed gradient does not depend on how the step is cut. By default those of
             this batch.
         chunk_tokens: tokens whose logits exist at once; memory is about eight times ``chunk_tokens * V * 4`` bytes.
@@ -178,9 +178,9 @@ def hidden_state_loss(
     kind: Literal["mse", "cosine"] = "mse",
     num_items: int | Tensor | None = None,
 ) -> Tensor:
-    """Distance between matching hidden states, normalised per token, meaned over layers and tokens.
+    """Distance between matching hidden states, normalized per token, meaned over layers and tokens.
 
-    ``"mse"`` is ``|s - t|^2 / |t|^2`` and ``"cosine"`` is ``1 - cos(s, t)``, in float32. The normalisation is
+    ``"mse"`` is ``|s - t|^2 / |t|^2`` and ``"cosine"`` is ``1 - cos(s, t)``, in float32. The normalization is
     per token because the first position of a sequence carries activations a thousand times those of the
     others and would otherwise be all that is learned. No gradient reaches the teacher.
 

@@ -1,4 +1,4 @@
-"""How the units of neighbours correspond: the orders and energies of every pair, and their file.
+"""How the units of neighbors correspond: the orders and energies of every pair, and their file.
 
 See :mod:`cbd_hub.manifest.manifest` for what an order is. Everything is checked when it is read: orders for being
 permutations of the right units, energies for being finite, pairs for being complete.
@@ -21,7 +21,7 @@ __all__ = ["IndexMap", "load_index_maps", "read_index_map", "save_index_maps"]
 
 @dataclass(frozen=True)
 class IndexMap:
-    """How the units of an anchor correspond to those of its larger neighbour."""
+    """How the units of an anchor correspond to those of its larger neighbor."""
 
     layers: np.ndarray
     """(layers of the parent,) the parent's layers: first the kept ones, ascending, then the others."""
@@ -63,7 +63,7 @@ def load_index_maps(manifest: Manifest, path: Path | None) -> dict[str, IndexMap
 
     Raises:
         IntegrityError: The file is damaged, what it holds is no order of the units it is for, or the order of an
-            axis on which two neighbours differ is missing (hidden units of the PCA basis are in order already).
+            axis on which two neighbors differ is missing (hidden units of the PCA basis are in order already).
     """
     try:
         tensors = load_file(path) if path else {}

@@ -1,6 +1,6 @@
 """The manifest ``chain.json``: what a chain is made of, strict and readable.
 
-A chain is a list of anchors, largest first. How the units of neighbours correspond is stored once a pair, as an
+A chain is a list of anchors, largest first. How the units of neighbors correspond is stored once a pair, as an
 *order* for every axis: a permutation of the larger anchor's units whose first n entries are the partners of the
 smaller anchor's n units, in turn, and whose other entries follow by importance. A model in between takes the first m
 entries, n <= m. Orders of layers stand in the manifest; those of hidden units, heads and ffn units in
@@ -120,7 +120,7 @@ class Anchor(Strict):
     num_parameters: PositiveInt
     dtype: Literal["float64", "float32", "float16", "bfloat16"]
     parent: Name | None = None
-    """The larger neighbour that this anchor was made from."""
+    """The larger neighbor that this anchor was made from."""
     init: str | None = None
     """The public checkpoint that it started from; None for a subset of the parent."""
     layer_order: list[Annotated[int, Field(ge=0)]] | None = None
@@ -160,14 +160,14 @@ class Manifest(Strict):
     """What the chain was made from: a repo id, a folder's name, or ``trained from scratch``."""
     source_revision: str | None = None
     bridge: Bridge | None = None
-    """How the largest anchor came from a source that is no neighbour of it; None where it is one."""
+    """How the largest anchor came from a source that is no neighbor of it; None where it is one."""
     license: str | None = None
     anchors: Annotated[list[Anchor], Field(min_length=1)]
     """Largest first."""
     tokenizer: dict[InnerPath, FileEntry] = Field(default_factory=dict)
     """The tokenizer's files, at the top of the chain's repository."""
     index_maps: FileEntry | None = None
-    """``index_maps.safetensors``; None only where neighbours differ in nothing but layers."""
+    """``index_maps.safetensors``; None only where neighbors differ in nothing but layers."""
     checksums: FileEntry | None = None
     """``checksums.json``: anchor → tensor → XXH3-128 of its bytes."""
     calibration: FileEntry | None = None

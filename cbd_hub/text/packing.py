@@ -1,6 +1,6 @@
 """Documents to packed token blocks.
 
-Documents are tokenised, joined with an end-of-text token after every one and cut into *blocks* of equal length, so
+Documents are tokenized, joined with an end-of-text token after every one and cut into *blocks* of equal length, so
 that no computation is spent on padding. Several sources are packed one by one and their blocks are mixed: all blocks
 are equally long, so shares of blocks are shares of tokens.
 
@@ -26,7 +26,7 @@ from cbd_hub.text.documents import Documents, follow_hub_progress_setting
 __all__ = ["block_batches", "mix", "pack", "token_batches", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
-_DOCUMENTS_PER_CALL = 32  # tokenised at once; bounds the Python lists of token ids that a tokenizer returns
+_DOCUMENTS_PER_CALL = 32  # tokenized at once; bounds the Python lists of token ids that a tokenizer returns
 
 
 def train_tokenizer(documents: Iterable[Mapping[str, str]], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -68,14 +68,14 @@ def train_tokenizer(documents: Iterable[Mapping[str, str]], vocab_size: int) -> 
 def pack(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, sequence_length: int, boundaries: bool = False
 ) -> Documents:
-    """Tokenises documents, writes an end-of-text token after each, and cuts the lot into blocks.
+    """Tokenizes documents, writes an end-of-text token after each, and cuts the lot into blocks.
 
     Blocks cross document borders. The last tokens, fewer than a block, are left out. Text that spells a
     special token is read as that token, as everywhere in transformers. Blocks of documents in memory stay in
     memory; those of a dataset on disk are cached beside it.
 
     A stream of blocks has ``state_dict`` and ``load_state_dict``: loaded into a stream packed alike, it yields exactly
-    the blocks that were still to come. At most 32 documents are tokenised again for it, and a source is read up to
+    the blocks that were still to come. At most 32 documents are tokenized again for it, and a source is read up to
     the place within its file. Each worker of a data loader packs files of its own, so a state belongs to one worker
     (``StatefulDataLoader`` of torchdata keeps them apart). The order is the same in every epoch.
 

@@ -1,4 +1,4 @@
-"""Aligning two tokenisations of one text.
+"""Aligning two tokenizations of one text.
 
 Student and teacher read the same bytes, cut differently:
 
@@ -33,7 +33,7 @@ class TokenAligner:
     front of a row it gets the one that begins a text if its tokenizer puts one there by itself. A block starts and
     ends anywhere, so the bytes at its ends that are no whole character are trimmed.
 
-    A segment whose text the teacher's tokenizer alters (Unicode normalisation, a byte it cannot spell, text that
+    A segment whose text the teacher's tokenizer alters (Unicode normalization, a byte it cannot spell, text that
     spells a special token) or that is no UTF-8 yields no groups, yet is read by the teacher. SentencePiece's space in
     front of a text is understood on both sides; the group that holds it on one side only is left out.
 
@@ -75,7 +75,7 @@ class TokenAligner:
         return {name: self._counts[name] for name in names}
 
     def align(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Tokenises a batch for the teacher and finds its groups. Takes 10 to 17 microseconds a student token on one
+        """Tokenizes a batch for the teacher and finds its groups. Takes 10 to 17 microseconds a student token on one
         core, most of them in the teacher's tokenizer.
 
         Only groups are listed whose student tokens are all predicted (labels not -100, not first in the row) and

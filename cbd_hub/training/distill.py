@@ -1,4 +1,4 @@
-"""Distilling an anchor from its larger neighbour.
+"""Distilling an anchor from its larger neighbor.
 
 The student starts as a subset of its teacher, so there is more to compare than the logits: every student layer
 stands for a *block* of teacher layers, and the hidden state behind it is pulled towards the one at the end of that
@@ -79,7 +79,7 @@ def distill(
 
     Args:
         student: The model to train; cast to float32 and left so.
-        teacher: Its larger neighbour; None trains with cross-entropy alone.
+        teacher: Its larger neighbor; None trains with cross-entropy alone.
         train: Packed blocks, column ``input_ids`` of one length.
         validation: Packed blocks that choose the best weights.
         config: What to do; with ``tokens = 0`` nothing is done or measured.

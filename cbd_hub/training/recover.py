@@ -262,10 +262,10 @@ def plot_recovery(curves: Mapping[str, Sequence[tuple[int, float]]], path: str |
         raise RecipeError("There is no point to plot: pass a curve.")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart with every kind of colour blindness
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart with every kind of color blindness
     for index, (name, points) in enumerate(curves.items()):
         axes.plot(
-            *zip(*points, strict=True), label=name, color=colours[index % 4], marker="osv^"[index % 4], linewidth=2
+            *zip(*points, strict=True), label=name, color=colors[index % 4], marker="osv^"[index % 4], linewidth=2
         )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: format_count(max(0, round(tokens)))))
     axes.set_xlabel("training tokens")
@@ -357,7 +357,7 @@ def _told(place: str) -> str:
 
 
 def _kept(place: str) -> dict[str, Any]:
-    """What the start's own card says of licence, data and bases."""
+    """What the start's own card says of license, data and bases."""
     path = Path(place) / "README.md"
     if not Path(place).is_dir():
         return {"base_model": place, "base_model_relation": "finetune"}

@@ -55,7 +55,7 @@ class AnchorTrainer(Trainer):
     Args:
         model: The student, in float32.
         config: The weights of the losses.
-        teacher: The larger neighbour, in any dtype; put into ``eval()`` mode and onto the student's device. None
+        teacher: The larger neighbor, in any dtype; put into ``eval()`` mode and onto the student's device. None
             trains with cross-entropy alone.
         ends: Teacher layer that each student layer meets (:func:`cbd_hub.training.distill.block_ends`); None compares
             no hidden states.

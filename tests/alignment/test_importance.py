@@ -322,7 +322,7 @@ def test_half_precision_is_measured_in_single_precision() -> None:
     assert np.corrcoef(exact.ravel(), half.ravel())[0, 1] > 0.99
 
 
-def test_impossible_neighbours_are_refused() -> None:
+def test_impossible_neighbors_are_refused() -> None:
     model, axis_map, sizes = made("llama")
     with pytest.raises(SizeError, match=r"'vocab' is 97 and cannot become 90"):
         rank(model, axis_map, sizes, {**sizes, "vocab": 90}, None)

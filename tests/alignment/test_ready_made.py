@@ -9,7 +9,7 @@ from tiny_recipe import built_chain, tiny_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cbd_hub import build_chain, from_chain
-from cbd_hub.alignment.ready_made import adopt, check_neighbours, positional_map
+from cbd_hub.alignment.ready_made import adopt, check_neighbors, positional_map
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.chain.chain import Chain
 from cbd_hub.errors import RecipeError
@@ -64,20 +64,20 @@ def test_aligned_it_computes_the_same() -> None:
     ("changes", "words"),
     [
         ({"vocab_size": 299}, "one vocab"),
-        ({"num_hidden_layers": 5}, "more than its larger neighbour"),
+        ({"num_hidden_layers": 5}, "more than its larger neighbor"),
         ({"head_dim": 16}, "one head_dim"),
     ],
 )
-def test_what_cannot_be_a_neighbour_is_refused(tmp_path: Path, changes: dict[str, int], words: str) -> None:
+def test_what_cannot_be_a_neighbor_is_refused(tmp_path: Path, changes: dict[str, int], words: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(stranger(tmp_path, **changes))
     with pytest.raises(RecipeError, match=words):
-        check_neighbours(model, load(0), "org/stranger")
+        check_neighbors(model, load(0), "org/stranger")
 
 
 def test_another_architecture_is_refused() -> None:
     config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=300)
     with pytest.raises(RecipeError, match="one architecture"):
-        check_neighbours(AutoModelForCausalLM.from_config(config), load(0), "org/gpt2")
+        check_neighbors(AutoModelForCausalLM.from_config(config), load(0), "org/gpt2")
 
 
 def test_a_checkpoint_that_is_not_there_is_an_error_of_the_recipe(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The axis grammar against brute force: every row number is recomputed with ``np.ix_`` on a labelled array."""
+"""The axis grammar against brute force: every row number is recomputed with ``np.ix_`` on a labeled array."""
 
 from typing import Any
 

@@ -146,7 +146,7 @@ def test_format_count(count: int, text: str) -> None:
 
 
 def pairs(family: str) -> list[tuple[dict[str, int], dict[str, int]]]:
-    """Neighbours as `ladder` makes them (to 3/4, then 2/3), and a pair that differs in width and depth."""
+    """Neighbors as `ladder` makes them (to 3/4, then 2/3), and a pair that differs in width and depth."""
     axis_map, large = published(family)
     count = count_parameters(axis_map, large)
     middle = ladder(axis_map, large, round(0.75 * count))
@@ -184,7 +184,7 @@ def test_targets_are_met(family: str) -> None:
     assert median(errors) <= 0.002
 
 
-def test_shapes_follow_the_line_between_the_neighbours() -> None:
+def test_shapes_follow_the_line_between_the_neighbors() -> None:
     """Every axis moves along: none stays at an end while another goes all the way."""
     axis_map, large = published("llama")
     small = {**large, "layers": 20, "ffn": 768}
@@ -210,7 +210,7 @@ def test_a_target_takes_as_few_layers_as_can_carry_it() -> None:
 
 
 @each_family
-def test_the_two_neighbours_are_their_own_solutions(family: str) -> None:
+def test_the_two_neighbors_are_their_own_solutions(family: str) -> None:
     axis_map, _ = published(family)
     for small, large in pairs(family):
         assert solve(axis_map, count_parameters(axis_map, small), small, large) == small
@@ -308,7 +308,7 @@ def test_a_ladder_keeps_the_width_while_ffn_and_layers_can_carry_it() -> None:
 
 def test_a_ladder_goes_down_only_and_not_too_far() -> None:
     axis_map, large = published("llama")
-    with pytest.raises(SizeError, match="is not smaller than its neighbour"):
+    with pytest.raises(SizeError, match="is not smaller than its neighbor"):
         ladder(axis_map, large, 134_515_008)
     with pytest.raises(SizeError, match=r"too far below.*Put an anchor in between"):
         ladder(axis_map, large, 1_000_000)

@@ -427,7 +427,7 @@ def test_dtype_can_be_asked_for(chain_of: Callable[..., Path]) -> None:
         assert model.dtype == model.config.dtype == wanted
         for name, value in parameters(model).items():
             assert torch.equal(value, exact[name].to(wanted))  # float32, cast once
-    for wrong in ("int8", "colour", torch.int8, 5):
+    for wrong in ("int8", "color", torch.int8, 5):
         with pytest.raises(SizeError, match="allowed: 'auto', float64, float32, float16, bfloat16"):
             from_chain(folder, target, dtype=wrong)  # type: ignore[arg-type]
 
@@ -708,7 +708,7 @@ def test_pickled_weights(llama: Path) -> None:
         ({"model_type": None}, "config.json of anchor 'a0' is of the family None"),
         ({"hidden_size": "wide"}, "config.json of anchor 'a0': 'hidden_size' is 'wide', which contradicts"),
         ({"rope_parameters": 5}, "config.json of anchor 'a0' cannot be used"),
-        ({"dtype": "colour"}, "config.json of anchor 'a0' cannot be used"),
+        ({"dtype": "color"}, "config.json of anchor 'a0' cannot be used"),
         (
             {"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"},
             "config.json of anchor 'a0' is of the family 'evil'",

@@ -51,7 +51,7 @@ def test_height_is_the_excess_over_the_straight_line(
 
 def test_between_anchors_that_belong_together_the_loss_sags() -> None:
     large, small = measured(trained_chain())
-    assert large == Chain.from_pretrained(trained_chain()).manifest.anchors[0]  # the first has no larger neighbour
+    assert large == Chain.from_pretrained(trained_chain()).manifest.anchors[0]  # the first has no larger neighbor
     assert small.barrier is not None and small.aligned
     assert small.barrier.height < 0.01
     assert small.barrier.height == barrier_height(small.barrier.alphas, small.barrier.losses)
@@ -123,7 +123,7 @@ def test_barriers_stand_in_the_manifest_and_come_back(tmp_path: Path) -> None:
     assert isinstance(Anchor.model_validate_json(manifest.anchors[1].model_dump_json()), Anchor)
     data = json.loads((tmp_path / MANIFEST_NAME).read_text())
     assert set(data["anchors"][1]["barrier"]) == {"num_parameters", "alphas", "losses", "height"}
-    for key, wrong in (("alphas", [0.0, 1.5]), ("num_parameters", 0), ("losses", ["low"]), ("colour", 1)):
+    for key, wrong in (("alphas", [0.0, 1.5]), ("num_parameters", 0), ("losses", ["low"]), ("color", 1)):
         changed = json.loads(json.dumps(data))
         changed["anchors"][1]["barrier"][key] = wrong
         (tmp_path / MANIFEST_NAME).write_text(json.dumps(changed))

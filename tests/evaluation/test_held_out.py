@@ -196,10 +196,10 @@ def test_plot_draws_a_line_a_method_and_the_anchors(tmp_path: Path) -> None:
     plot_size_loss(SERIES, ANCHORS, tmp_path / "curve.png", "A chain")
     image = read_png(tmp_path / "curve.png")
     assert image.shape == (1000, 1600)
-    colours = set(image.unique().tolist())
+    colors = set(image.unique().tolist())
     blue, vermilion, green, black = 0x0072B2, 0xD55E00, 0x009E73, 0x000000
-    assert {blue, vermilion, black} <= colours
-    assert green not in colours
+    assert {blue, vermilion, black} <= colors
+    assert green not in colors
 
 
 def test_plot_is_the_same_each_time(tmp_path: Path) -> None:

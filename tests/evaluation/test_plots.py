@@ -1,4 +1,4 @@
-"""Plots of measured models: what is drawn where, in which colours, and what is refused before anything is measured."""
+"""Plots of measured models: what is drawn where, in which colors, and what is refused before anything is measured."""
 
 from pathlib import Path
 from typing import Any
@@ -46,17 +46,17 @@ def read_png(path: Path) -> Tensor:
     return red << 16 | green << 8 | blue
 
 
-def middle(image: Tensor, colour: int) -> Tensor:
-    """(row, column) in the middle of what is drawn in a colour inside the axes: the legend below is left out."""
-    return (image[: int(0.85 * len(image))] == colour).nonzero().float().mean(0)
+def middle(image: Tensor, color: int) -> Tensor:
+    """(row, column) in the middle of what is drawn in a color inside the axes: the legend below is left out."""
+    return (image[: int(0.85 * len(image))] == color).nonzero().float().mean(0)
 
 
-def test_an_argument_has_a_colour_and_only_a_chain_a_line(tmp_path: Path) -> None:
+def test_an_argument_has_a_color_and_only_a_chain_a_line(tmp_path: Path) -> None:
     plot_losses(losses(), tmp_path / "a.png")
     image = read_png(tmp_path / "a.png")
     assert image.shape == (1000, 1600)
     drawn = image[:850]
-    columns = {colour: (drawn == colour).any(0).nonzero().flatten() for colour in (BLUE, VERMILION)}
+    columns = {color: (drawn == color).any(0).nonzero().flatten() for color in (BLUE, VERMILION)}
     assert len(columns[BLUE]) > 700  # from the first anchor to the last
     assert len(columns[VERMILION]) < 40  # one marker
     assert GREEN not in image

@@ -117,7 +117,7 @@ def test_a_chains_card_lists_its_anchors() -> None:
     assert cells(card, "torch") == ["torch", "2.13.0"]
     assert [yaml.safe_load(text) for text in code(card, "yaml")] == [manifest.recipe]
     assert (
-        "- Source: org/source\n- Basis of the residual stream: the source's own\n- Licence: apache-2.0\n" in card.text
+        "- Source: org/source\n- Basis of the residual stream: the source's own\n- License: apache-2.0\n" in card.text
     )
     assert "## Limits" in card.text
     assert "eprint        = {2605.07783}" in card.text
@@ -126,7 +126,7 @@ def test_a_chains_card_lists_its_anchors() -> None:
 def test_what_was_not_measured_is_not_claimed() -> None:
     card = chain_card(make_manifest(license=None), "org/tiny-chain")
     assert cells(card, "`small`")[3:] == ["–"] * 4
-    assert "Licence" not in card.text
+    assert "License" not in card.text
     assert "Sizes in between" not in card.text
     assert "Recipe" not in card.text
     assert "model-index" not in card.data.to_dict()
@@ -151,7 +151,7 @@ def test_an_anchors_card_tells_where_it_came_from() -> None:
     large, small = make_anchor("large", repo_id="org/large", revision=COMMIT), measured("small", 3.5, 999)
     manifest = make_manifest(large, small)
     card = anchor_card(manifest, small, "org/small")
-    assert "started as a subset of its larger neighbour `large` (58.03k)" in card.text
+    assert "started as a subset of its larger neighbor `large` (58.03k)" in card.text
     assert cells(card, "40,752")[2:] == ["1,234,567", "3.5000", "33.115", "999"]
     assert "checkpoint that was kept: 3.2500 (step 77)" in card.text
     assert card.data.base_model == "org/large"

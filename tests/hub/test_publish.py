@@ -342,7 +342,7 @@ def test_pull_requests(hub: HubServer, client: Client, folder: Path, tmp_path: P
     assert load(client, tmp_path / "pr", revision="refs/pr/1")[0] == digest(folder)
 
 
-def test_a_licence(hub: HubServer, client: Client, folder: Path) -> None:
+def test_a_license(hub: HubServer, client: Client, folder: Path) -> None:
     push(client, folder, license="mit")
     assert all("license: mit" in hub.files(repo)["README.md"].decode() for repo in REPOSITORIES)
     assert json.loads(hub.files("org/demo")[MANIFEST_NAME])["license"] == "mit"

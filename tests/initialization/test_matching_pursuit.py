@@ -71,7 +71,7 @@ def test_bad_input_is_refused(atoms: tuple[int, int], k: int) -> None:
 
 
 def plain_information(documents: list[list[int]], vocab_size: int, window: int) -> Tensor:
-    """PPMI (V, 2 V) of tokens and their neighbours, counted one by one; unsmoothed."""
+    """PPMI (V, 2 V) of tokens and their neighbors, counted one by one; unsmoothed."""
     counts = torch.zeros(vocab_size, 2 * vocab_size, dtype=torch.float64)
     for document in documents:
         for place, token in enumerate(document):

@@ -106,7 +106,7 @@ def test_blend(spec: str, seed: int, dtype: torch.dtype, alpha: float) -> None:
     reference = torch.from_numpy(expected).to(dtype)
     if 0 < alpha < 1:  # in one pass (lerp), which rounds once where the formula does twice
         ends = 4e-7 * float(reference.abs().max())
-        step = 2**-8 if dtype == torch.bfloat16 else 0.0  # half of the distance between neighbours, at most
+        step = 2**-8 if dtype == torch.bfloat16 else 0.0  # half of the distance between neighbors, at most
         torch.testing.assert_close(got.float(), torch.from_numpy(expected), rtol=step, atol=ends)
     else:
         assert torch.equal(got, reference)  # in float32, cast once

@@ -166,7 +166,7 @@ def test_gradients_are_those_of_finite_differences(fast: bool, divergence: str, 
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_sure_and_opposed_distributions_stay_finite(fast: bool, divergence: str) -> None:
-    """Probabilities that float32 cannot hold: e^-500 for the other's favourite, for a third word too."""
+    """Probabilities that float32 cannot hold: e^-500 for the other's favorite, for a third word too."""
     head, teacher_head = nn.Linear(V, V, bias=False), nn.Linear(V, V, bias=False)
     with torch.no_grad():
         head.weight.copy_(torch.eye(V))
@@ -424,7 +424,7 @@ def test_hidden_and_head_equals_logits(variant: str) -> None:
         ("granite", "logits_scaling", 4.0),
     ],
 )
-def test_logits_altered_behind_the_head_are_honoured(family: str, field: str, value: float) -> None:
+def test_logits_altered_behind_the_head_are_honored(family: str, field: str, value: float) -> None:
     config = AutoConfig.for_model(
         family,
         vocab_size=97,

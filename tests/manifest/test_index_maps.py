@@ -58,10 +58,10 @@ def test_missing_index_maps_are_refused(chain: Path) -> None:
         ("a1/order/ffn", np.tile(np.arange(1, 301, dtype=np.int32), (3, 1)), "a permutation"),
         ("a1/order/layers", np.zeros((3, 3), np.int32), "which the axis map does not know"),
         ("a1/order/head_dim", np.zeros((3, 8), np.int32), "which the axis map does not know"),
-        ("a1/order/colour", np.zeros(3, np.int32), "which the axis map does not know"),
-        ("a1/colour", np.zeros(3, np.int32), "which the axis map does not know"),
+        ("a1/order/color", np.zeros(3, np.int32), "which the axis map does not know"),
+        ("a1/color", np.zeros(3, np.int32), "which the axis map does not know"),
         ("a9/order/ffn", np.zeros(3, np.int32), "which belongs to no anchor"),
-        ("colour", np.zeros(3, np.int32), "which belongs to no anchor"),
+        ("color", np.zeros(3, np.int32), "which belongs to no anchor"),
         ("a2/energy/model.norm.weight", np.full(48, np.nan, np.float32), "finite and not negative"),
         ("a2/energy/model.norm.weight", np.full(48, -1, np.float32), "finite and not negative"),
         ("a2/energy/model.norm.weight", np.ones(47, np.float32), "must be float32 (48,)"),
@@ -106,7 +106,7 @@ def test_the_map_of_one_pair_comes_back(chain: Path, tmp_path: Path) -> None:
     assert not read_index_map([0, 2, 1], tmp_path / "layers.safetensors").orders
 
 
-def test_neighbours_that_differ_in_layers_alone_need_no_file(tmp_path: Path) -> None:
+def test_neighbors_that_differ_in_layers_alone_need_no_file(tmp_path: Path) -> None:
     model = variant_model("llama")
     sizes = {**axis_map_for(model.config).sizes(model.config), "layers": 2}
     folder = make_chain(tmp_path / "c", model, [sizes])

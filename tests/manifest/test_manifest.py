@@ -110,9 +110,9 @@ def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        ("colour", 5, "at colour: Extra inputs"),
+        ("color", 5, "at color: Extra inputs"),
         ("archtecture", "llama", "Did you mean 'architecture'?"),
-        ("anchors.0.colour", 5, "at anchors.0.colour: Extra inputs"),
+        ("anchors.0.color", 5, "at anchors.0.color: Extra inputs"),
         ("anchors", [], "at anchors: List should have at least 1 item"),
         ("name", "a/b", "at name: String should match pattern"),
         ("anchors.0.name", "..", "at anchors.0.name: String should match pattern"),
@@ -127,7 +127,7 @@ def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
         ("anchors.0.shape.intermediate_size", 80.0, "valid integer"),
         ("anchors.0.shape.num_hidden_layers", 10**9, "claims 1000000000 layers"),
         ("anchors.0.shape.num_attention_heads", 5, "it must be kv_heads x q_per_kv"),
-        ("anchors.0.shape.colour", 5, "does not state exactly"),
+        ("anchors.0.shape.color", 5, "does not state exactly"),
         ("anchors.0.shape", {}, "anchor 'a0': axis 'kv_heads' has no size"),
         ("anchors.0.dtype", "int8", "at anchors.0.dtype"),
         ("anchors.0.parent", "a1", "is the largest and can have no parent"),
@@ -144,7 +144,7 @@ def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
         ("anchors.0.repo_id", "owner/name", "repo_id and revision (a full commit hash) go together"),
         ("axis_map", {}, "axis map field model_type"),
         ("axis_map.norm", "batch", "norm is 'batch'; allowed: rms, rms+1, layer"),
-        ("axis_map.colour", 5, "axis map has no field 'colour'"),
+        ("axis_map.color", 5, "axis map has no field 'color'"),
         ("axis_map.tensors", {"a": "((hidden"}, "cannot be nested"),
         ("axis_map.fields", {}, "anchor 'a0': axis 'kv_heads' has no size"),
         ("basis", "fourier", "at basis"),
@@ -189,7 +189,7 @@ def test_check_file(tmp_path: Path) -> None:
         check_file(path, entry)
 
 
-# -- what neighbours must say -----------------------------------------------------------------------------------------
+# -- what neighbors must say -----------------------------------------------------------------------------------------
 
 
 def test_missing_layer_order_is_refused(chain: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tokenising, packing and mixing real text."""
+"""Tokenizing, packing and mixing real text."""
 
 import json
 import subprocess
@@ -101,7 +101,7 @@ def expected_blocks(documents: Dataset, tokenizer: PreTrainedTokenizerFast, leng
 
 @pytest.mark.parametrize("length", [2, 33, 128])
 def test_blocks_are_the_documents_joined_by_end_of_text(tokenizer: PreTrainedTokenizerFast, length: int) -> None:
-    documents = make_documents(70)  # more than are tokenised at once, so blocks cross batches
+    documents = make_documents(70)  # more than are tokenized at once, so blocks cross batches
     blocks = pack(documents, tokenizer, length)
     assert blocks.column_names == ["input_ids"]
     assert blocks.features["input_ids"].feature.dtype == "int32"

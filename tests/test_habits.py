@@ -1,0 +1,49 @@
+"""The files beside the code are true: versions, Pythons, the check that a workflow runs, make help."""
+
+import configparser
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SETUP = configparser.ConfigParser(interpolation=None)
+SETUP.read(ROOT / "setup.cfg")
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_the_citation_names_this_version_and_license() -> None:
+    citation = load("CITATION.cff")
+    assert citation["version"] == SETUP["metadata"]["version"]
+    assert citation["license"] == SETUP["metadata"]["license_expression"]
+    assert "2605.07783" in citation["references"][0]["identifiers"][0]["value"]
+
+
+def test_the_workflow_runs_the_check_on_every_declared_python() -> None:
+    workflow = load(".github/workflows/ci.yml")
+    job = workflow["jobs"]["check"]
+    declared = re.findall(r"Python :: (3\.\d+)", SETUP["metadata"]["classifiers"])
+    assert job["strategy"]["matrix"]["python"] == declared
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["bash .ci/run"]
+    assert workflow["permissions"] == {"contents": "read"}
+
+
+def test_hooks_run_tools_of_the_dev_extra() -> None:
+    (repository,) = load(".pre-commit-config.yaml")["repos"]
+    assert repository["repo"] == "local"  # nothing is fetched
+    tools = {hook["entry"].split()[2] for hook in repository["hooks"]}
+    extra = {line.split(">")[0] for line in SETUP["options.extras_require"]["dev"].split()}
+    assert tools == {"ruff", "mypy"} <= extra
+
+
+def test_make_help_names_every_target() -> None:
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    phony = re.findall(r"^\.PHONY:(.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    named = {line.split()[0] for line in told.splitlines()}
+    assert named == set(" ".join(phony).split())
+    assert all(len(line.split()) > 2 and len(line) <= 119 for line in told.splitlines())
