@@ -159,15 +159,15 @@ def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype:
         loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
-    model: PreTrainedModel = loaded[0]
+    model: Any = loaded[0]
     info: dict[str, Any] = loaded[1]
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if problems := {k: sorted(set(v) - tied) for k, v in info.items() if k.endswith("_keys") and set(v) - tied}:
         raise AxisMapError(f"the axis map does not cover {model_class.__name__}: {problems}")
     model.config.dtype = dtype
     model._weight_conversions = None  # saved under the keys of published checkpoints (GPT-NeoX's embed_out)
-    model.eval()
-    return model
+    made: PreTrainedModel = model.eval()
+    return made
 
 
 def cut(model: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, index_map: IndexMap) -> PreTrainedModel:
