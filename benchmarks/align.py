@@ -23,7 +23,7 @@ from cbd_hub.alignment.importance import collect, rank
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
-from cbd_hub.build.ingredients import Ingredients, Text
+from cbd_hub.build.inputs import BuildInputs, Text
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.interpolation import pair as interpolation
@@ -120,7 +120,7 @@ def in_order(large: PreTrainedModel, axis_map: AxisMap, small: Sizes, blocks: to
     return IndexMap(layers, {}, collect(large, axis_map, sizes, blocks).energy)
 
 
-def measure(pair: Pair, made: Ingredients, text: Text, cache: Path) -> dict[str, Any]:
+def measure(pair: Pair, made: BuildInputs, text: Text, cache: Path) -> dict[str, Any]:
     """Losses on test text of everything that can be made of one pair."""
     if made.tokenizer is None or (blocks := made.calibration()) is None:
         raise SystemExit("the quickstart recipe has no text")
@@ -162,7 +162,7 @@ def measure(pair: Pair, made: Ingredients, text: Text, cache: Path) -> dict[str,
 
 def main(cache: Path) -> None:
     """Measures all pairs, writes the JSON file and prints the table."""
-    made = Ingredients(*load_recipe(ROOT / "examples" / "recipes" / "quickstart.yaml"))
+    made = BuildInputs(*load_recipe(ROOT / "examples" / "recipes" / "quickstart.yaml"))
     if (text := made.text) is None:
         raise SystemExit("the quickstart recipe has no text")
     results = {name: measure(pair, made, text, cache) for name, pair in PAIRS.items()}

@@ -34,8 +34,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cbd_hub import build_chain
-from cbd_hub.build.bridge import Founding, choose, found
-from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.bridge import BridgeInputs, build_anchor_zero, choose
+from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.build.settings import BridgeConfig
 from cbd_hub.evaluation.held_out import bits_per_byte, evaluate_loss
@@ -110,9 +110,9 @@ def recipe(tokenizer: str, **changes: Any) -> dict[str, Any]:
     return {**base, "bridge": "auto", "anchors": [0.77], "evaluation": {"tokens": 8192, "curve_points": 1}, **changes}
 
 
-def ingredients(tokenizer: str) -> Ingredients:
+def ingredients(tokenizer: str) -> BuildInputs:
     """Source, tokenizers and text."""
-    return Ingredients(*load_recipe(recipe(tokenizer)))
+    return BuildInputs(*load_recipe(recipe(tokenizer)))
 
 
 def measured(model: PreTrainedModel, blocks: Any, tokenizer: PreTrainedTokenizerBase) -> float:
@@ -176,7 +176,7 @@ def measure(bench: Bench, name: str, seeds: list[int], most: int | None) -> None
     made = ingredients(str(place))
     if made.recipe.bridge is None or made.text is None:
         raise SystemExit("the recipe has no bridge or no text")
-    on: Founding = made.founding(made.recipe.bridge)
+    on: BridgeInputs = made.bridge_inputs(made.recipe.bridge)
     if isinstance(on.validation, torch.Tensor) or on.validation is None or on.source is None:
         raise SystemExit("nothing to found on")
     validation: Any = on.validation
@@ -191,7 +191,7 @@ def measure(bench: Bench, name: str, seeds: list[int], most: int | None) -> None
 
     def arm(ways: tuple[str, ...], seed: int) -> dict[str, Any]:
         started = time.monotonic()
-        model, training, record = found(settings(kind, ways, seed), on, WORK / "work", progress=False)
+        model, training, record = build_anchor_zero(settings(kind, ways, seed), on, WORK / "work", progress=False)
         seconds = time.monotonic() - started
         return {
             "bits": measured(model, test, tokenizer),
@@ -227,7 +227,9 @@ def measure(bench: Bench, name: str, seeds: list[int], most: int | None) -> None
         between = chain.initialize(plan, progress=False)
         shape = {k: v for k, v in plan.shape.items() if k not in ("vocab_size", "head_dim")}
         alone = {**kind, "config": {**kind["config"], **shape}}
-        scratch, _, _ = found(settings(alone, (), seed, TOKENS + ANCHOR_TOKENS), on, WORK / "work", progress=False)
+        scratch, _, _ = build_anchor_zero(
+            settings(alone, (), seed, TOKENS + ANCHOR_TOKENS), on, WORK / "work", progress=False
+        )
         return {
             "anchors": {a.name: measured(a.load(), test, tokenizer) for a in chain.anchors},
             "between": measured(between, test, tokenizer),

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbd_hub import Chain, build_chain
 from cbd_hub.alignment.importance import rank
-from cbd_hub.alignment.ready_made import adopt
+from cbd_hub.alignment.ready_made import load_ready_made
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.sizing import Sizes, parse_count
-from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.interpolation.plan import Plan
@@ -60,7 +60,7 @@ class Bench:
         self.found.setdefault("runs", []).append(_machine())
         self.figures: dict[str, dict[str, Any]] = self.found.setdefault("figures", {})
         self.seconds: dict[str, dict[str, float]] = self.found.setdefault("seconds", {})
-        made = Ingredients(load_recipe(self.recipe(0))[0], Path.cwd())
+        made = BuildInputs(load_recipe(self.recipe(0))[0], Path.cwd())
         if made.text is None or made.tokenizer is None:
             raise SystemExit("the recipe has no text")
         length = self.config["recipe"]["data"]["sequence_length"]
@@ -221,7 +221,7 @@ class Seed:
         models += [self.saved(f"independent-{i}", lambda a=a, i=i: make(a, i)) for i, a in enumerate(self.anchors[1:])]
         found = []
         for large, small in pairwise(models):
-            small, units = adopt(small, large, axis_map_for(large.config), None, progress=False)
+            small, units = load_ready_made(small, large, axis_map_for(large.config), None, progress=False)
             found.append(Pair(large, small, units))
         return found
 
@@ -246,7 +246,7 @@ class Seed:
             return arms.combine(other, self.sparse), f"{other.num_parameters} parameters"
 
         def aligned_afterwards() -> Made:
-            small, units = adopt(apart.small, apart.large, axis_map, bench.calibration, progress=False)
+            small, units = load_ready_made(apart.small, apart.large, axis_map, bench.calibration, progress=False)
             return arms.combine(plan, Pair(apart.large, small, units)), ""
 
         def cut(units: Any, refit: bool) -> Made:

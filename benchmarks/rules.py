@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cbd_hub import Chain, Plan
 from cbd_hub.axes.sizing import count_parameters
-from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.errors import SizeError
 from cbd_hub.evaluation.held_out import evaluate_loss
@@ -27,7 +27,7 @@ POSITIONS = [k / 8 for k in range(1, 8)]
 
 def main(chain: Chain) -> None:
     """Measures both rules over every pair of anchors and writes the tables."""
-    text = Ingredients(*load_recipe(ROOT / "examples" / "recipes" / "quickstart.yaml")).text
+    text = BuildInputs(*load_recipe(ROOT / "examples" / "recipes" / "quickstart.yaml")).text
     if text is None:
         raise SystemExit("the quickstart recipe has no text")
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from cbd_hub import Chain
 from cbd_hub.axes.sizing import solve
-from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.evaluation.held_out import evaluate_loss, plot_size_loss
 from cbd_hub.initialization.refit import REFIT_TOKENS, refit
@@ -53,7 +53,7 @@ class Bench:
         self.chain = Chain.from_pretrained(folder)
         self.map = self.chain.manifest.resolved_axis_map
         self.recipe, base = load_recipe(recipe)
-        self.made = Ingredients(self.recipe, base)
+        self.made = BuildInputs(self.recipe, base)
         self.path = results / "smollm2.json"
         self.found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
         if self.made.text is None or self.made.tokenizer is None or self.recipe.data is None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from cbd_hub import Chain, build_chain
 from cbd_hub.axes.sizing import format_count
-from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.evaluation.held_out import evaluate_loss, plot_size_loss
 
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 def main(recipe: Path, output: Path) -> None:
     """Builds the chain of a recipe, makes three models between its anchors, prints and plots how good they are."""
     chain = build_chain(recipe, output / "chain")
-    test = Ingredients(*load_recipe(recipe)).text.test
+    test = BuildInputs(*load_recipe(recipe)).text.test
     counts = [anchor.num_parameters for anchor in chain.anchors]
     rows, ways = [], ("interpolate", "prune", "paper")
     for pair, position in ((1, 0.5), (0, 0.4), (0, 0.75)):

@@ -11,7 +11,7 @@ from cbd_hub.axes.sizing import Sizes
 from cbd_hub.errors import RecipeError
 from cbd_hub.manifest.index_maps import IndexMap
 
-__all__ = ["adopt", "check_neighbors", "positional_map"]
+__all__ = ["check_neighbors", "load_ready_made", "positional_map"]
 
 
 def check_neighbors(small: PreTrainedModel, large: PreTrainedModel, name: str) -> None:
@@ -34,7 +34,7 @@ def check_neighbors(small: PreTrainedModel, large: PreTrainedModel, name: str) -
             raise RecipeError(f"{name!r} has {axis} {size}, more than its larger neighbor's {theirs[axis]}")
 
 
-def adopt(
+def load_ready_made(
     small: PreTrainedModel, large: PreTrainedModel, axis_map: AxisMap, blocks: Tensor | None, progress: bool = True
 ) -> tuple[PreTrainedModel, IndexMap]:
     """Makes a checkpoint the smaller neighbor of a model.

@@ -36,7 +36,7 @@ from cbd_hub.alignment.importance import rank
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.build.settings import BridgeConfig, Way
 from cbd_hub.errors import AxisMapError, RecipeError
-from cbd_hub.initialization.copy_blocks import carry_blocks, same_form
+from cbd_hub.initialization.copy_blocks import copy_blocks, same_form
 from cbd_hub.initialization.fresh import fresh_config, fresh_model
 from cbd_hub.initialization.refit import can_refit, refit
 from cbd_hub.initialization.transplant import embeddings_into, transplant_vocabulary
@@ -51,7 +51,7 @@ from cbd_hub.text.token_groups import TokenAligner
 from cbd_hub.text.vocabulary import Pairs, Vocabulary, VocabularyReport, compare_vocabularies
 from cbd_hub.training.distill import distill
 
-__all__ = ["Founding", "choose", "found"]
+__all__ = ["BridgeInputs", "build_anchor_zero", "choose"]
 
 
 SHARED_ENOUGH = 0.3
@@ -63,7 +63,7 @@ _OF_A_CHECKPOINT = ("architectures", "dtype", "torch_dtype", "model_type", "tran
 
 
 @dataclass(frozen=True)
-class Founding:
+class BridgeInputs:
     """What anchor zero is founded on."""
 
     tokenizer: Tokenizer
@@ -122,7 +122,7 @@ class Founding:
         return compare_vocabularies(self.tokenizer, self.source_tokenizer, self.sample)
 
 
-def choose(config: BridgeConfig, on: Founding) -> tuple[list[Way], str, VocabularyReport | None]:
+def choose(config: BridgeConfig, on: BridgeInputs) -> tuple[list[Way], str, VocabularyReport | None]:
     """Decides which ways are taken, and says why.
 
     Returns:
@@ -155,8 +155,13 @@ def choose(config: BridgeConfig, on: Founding) -> tuple[list[Way], str, Vocabula
     return ["seqkd"], why, report
 
 
-def found(
-    config: BridgeConfig, on: Founding, work_dir: Path, *, say: Callable[[str], object] = str, progress: bool = True
+def build_anchor_zero(
+    config: BridgeConfig,
+    on: BridgeInputs,
+    work_dir: Path,
+    *,
+    say: Callable[[str], object] = str,
+    progress: bool = True,
 ) -> tuple[PreTrainedModel, Training, Bridge]:
     """Makes anchor zero.
 
@@ -221,7 +226,7 @@ def found(
     return model.eval(), training, record
 
 
-def _config(config: BridgeConfig, on: Founding) -> PreTrainedConfig:
+def _config(config: BridgeConfig, on: BridgeInputs) -> PreTrainedConfig:
     """Anchor zero's config."""
     own = None if on.source is None else on.source.config
     architecture = config.architecture or (own.model_type if own is not None else None)
@@ -238,7 +243,7 @@ def _config(config: BridgeConfig, on: Founding) -> PreTrainedConfig:
 
 
 def _start(
-    config: BridgeConfig, on: Founding, wanted: PreTrainedConfig, transplant: bool, progress: bool
+    config: BridgeConfig, on: BridgeInputs, wanted: PreTrainedConfig, transplant: bool, progress: bool
 ) -> tuple[PreTrainedModel, list[str], str | None]:
     """Anchor zero before training, what of the source it has, and why its blocks are not among that."""
     fresh = fresh_model(wanted, config.training.seed)
@@ -291,7 +296,7 @@ def _carried(source: PreTrainedModel, wanted: PreTrainedConfig, blocks: Tensor |
             if theirs is None and len(set(entries)) > 1:
                 raise RecipeError(f"{field} differs from layer to layer, and the source's layers are all alike")
             setattr(full, field, list(theirs or entries[:1] * large["layers"]))
-    return carry_blocks(source, full, blocks=None if blocks is None else blocks[:8])[0]
+    return copy_blocks(source, full, blocks=None if blocks is None else blocks[:8])[0]
 
 
 def _cut_to(
@@ -313,7 +318,7 @@ def _cut_to(
     return student
 
 
-def _written(config: BridgeConfig, on: Founding, progress: bool) -> tuple[Documents, int]:
+def _written(config: BridgeConfig, on: BridgeInputs, progress: bool) -> tuple[Documents, int]:
     """Packed blocks of what the source writes, and of how many texts."""
     generator = make_generator(config.generation, on.source, on.source_tokenizer)
     prompts = read_prompts(config.generation, on.documents(), on.source_tokenizer or on.tokenizer, on.base)

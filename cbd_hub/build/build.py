@@ -21,12 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from cbd_hub.alignment.basis import rotate
 from cbd_hub.alignment.importance import rank
-from cbd_hub.alignment.ready_made import adopt, check_neighbors
+from cbd_hub.alignment.ready_made import check_neighbors, load_ready_made
 from cbd_hub.axes.architectures import axis_map_for, register_axis_map
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, ladder
-from cbd_hub.build.bridge import found
-from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.bridge import build_anchor_zero
+from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import AnchorSpec, Recipe, load_recipe, step_fingerprint
 from cbd_hub.build.students import cut_student
 from cbd_hub.chain.chain import Chain
@@ -66,7 +66,7 @@ class _Build:
 
     def __init__(self, recipe: Recipe, base: Path, output: Path, progress: bool) -> None:
         self.recipe = recipe
-        self.made = Ingredients(recipe, base)
+        self.inputs = BuildInputs(recipe, base)
         self.output = output
         self.state = output / ".build"
         self.progress = progress
@@ -85,7 +85,7 @@ class _Build:
         model, training = self._source_model()
         axis_map = axis_map_for(model.config)
         sizes = axis_map.sizes(model.config)
-        basis, blocks = self._basis(axis_map, sizes), self.made.calibration()
+        basis, blocks = self._basis(axis_map, sizes), self.inputs.calibration()
         if basis == "pca" and blocks is not None:
             rotate(model, axis_map, sizes, blocks)
         name = self.recipe.source.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, sizes))}"
@@ -94,21 +94,21 @@ class _Build:
     def _source_model(self) -> tuple[PreTrainedModel, Training | None]:
         """The source itself, or anchor zero, founded on it; how goes into a record of its own."""
         if (bridge := self.recipe.bridge) is None:
-            return self.made.source(self.state / "work", self.progress)
-        on = self.made.founding(bridge)
+            return self.inputs.source(self.state / "work", self.progress)
+        on = self.inputs.bridge_inputs(bridge)
 
         def say(text: str) -> None:
             if self.progress and PartialState().is_main_process:
                 sys.stderr.write(f"{text}\n")
 
-        model, training, made = found(bridge, on, self.state / "work", say=say, progress=self.progress)
+        model, training, made = build_anchor_zero(bridge, on, self.state / "work", say=say, progress=self.progress)
         if PartialState().is_main_process:
             _write_json(self.state / _BRIDGE, made.model_dump(mode="json"))
         return model, training
 
     def _basis(self, axis_map: AxisMap, sizes: Sizes) -> str:
         """``pca`` where the source is to be rotated: there is a narrower anchor, and text to measure on."""
-        can = axis_map.rotatable and self.made.calibration() is not None
+        can = axis_map.rotatable and self.inputs.calibration() is not None
         return "pca" if can and self._width_changes(axis_map, sizes) else "native"
 
     def _width_changes(self, axis_map: AxisMap, sizes: Sizes) -> bool:
@@ -122,7 +122,7 @@ class _Build:
     def _target(self, spec: AnchorSpec, axis_map: AxisMap, large: Sizes) -> dict[str, int]:
         """The sizes of the next anchor."""
         if spec.init is not None:
-            return axis_map_for(config := self.made.checkpoint_config(spec.init, spec.revision)).sizes(config)
+            return axis_map_for(config := self.inputs.checkpoint_config(spec.init, spec.revision)).sizes(config)
         if spec.shape is not None:
             for field in spec.shape:
                 if field not in axis_map.fields:
@@ -147,30 +147,30 @@ class _Build:
             raise RecipeError(f"two anchors would have the name {name!r}; give one of them another `name`")
         cut_loss = None
         if spec.init is not None:
-            student = self.made.checkpoint(spec.init, spec.revision)
+            student = self.inputs.checkpoint(spec.init, spec.revision)
             check_neighbors(student, teacher, spec.init)
-            blocks = self.made.calibration() if spec.align else None
-            student, index_map = adopt(student, teacher, axis_map, blocks, self.progress)
+            blocks = self.inputs.calibration() if spec.align else None
+            student, index_map = load_ready_made(student, teacher, axis_map, blocks, self.progress)
             if PartialState().is_main_process:
                 save_index_maps({"": index_map}, self.state / f"step-{index}.safetensors")
         else:
             index_map = self._rank(index, teacher, axis_map, large, small, basis)
-            blocks = self.made.refit_blocks() if self.recipe.refit else None
+            blocks = self.inputs.refit_blocks() if self.recipe.refit else None
             student, cut_loss = cut_student(
-                teacher, axis_map, small, index_map, blocks, self.made.validation, self.progress
+                teacher, axis_map, small, index_map, blocks, self.inputs.validation, self.progress
             )
         tokens = {} if spec.tokens is None else {"tokens": spec.tokens}
         config = self.recipe.distillation.model_copy(update=tokens)
         if config.tokens == 0:
             training = Training(tokens=0, seed=config.seed)
-        elif self.made.text is None:
+        elif self.inputs.text is None:
             raise RecipeError("distillation.tokens is above 0 and the recipe has no `data`")
         else:
             training = distill(
                 student,
                 teacher,
-                self.made.text.train,
-                self.made.validation,
+                self.inputs.text.train,
+                self.inputs.validation,
                 config,
                 index_map=index_map,
                 work_dir=self.state / "work",
@@ -191,7 +191,7 @@ class _Build:
             saved = json.loads(record.read_text(encoding="utf-8"))
             if saved["fingerprint"] == fingerprint:
                 return read_index_map(saved["layers"], maps)
-        blocks = self.made.calibration()
+        blocks = self.inputs.calibration()
         index_map = rank(teacher, axis_map, large, small, blocks, basis == "pca", self.progress)
         if PartialState().is_main_process:
             record.unlink(missing_ok=True)  # it never stands beside maps that are not its own
@@ -237,9 +237,9 @@ class _Build:
         axis_map = axis_map_for(model.config)
         sizes = axis_map.sizes(model.config)
         evaluation = None
-        if self.made.text is not None:
+        if self.inputs.text is not None:
             result = evaluate_loss(
-                model, self.made.text.test, progress=self.progress, max_tokens=self.recipe.evaluation.tokens
+                model, self.inputs.text.test, progress=self.progress, max_tokens=self.recipe.evaluation.tokens
             )
             evaluation = manifests.Evaluation(
                 loss=result.loss, perplexity=result.perplexity, num_tokens=result.num_tokens
@@ -253,8 +253,8 @@ class _Build:
         folder.parent.mkdir(parents=True, exist_ok=True)
         model.config._name_or_path = name
         model.save_pretrained(partial)
-        if self.made.tokenizer is not None:
-            self.made.tokenizer.save_pretrained(partial)
+        if self.inputs.tokenizer is not None:
+            self.inputs.tokenizer.save_pretrained(partial)
         files = {p.name: manifests.file_entry(p) for p in sorted(partial.iterdir()) if _is_model_file(p.name)}
         partial.replace(folder)
         return Anchor(
@@ -283,12 +283,12 @@ class _Build:
         maps_path = self.output / manifests.INDEX_MAPS_NAME
         if any(m.orders or m.energy for m in maps.values()):
             save_index_maps(maps, maps_path)
-        calibration = self.made.shipped_calibration()
+        calibration = self.inputs.shipped_calibration()
         if calibration is not None:
             save_calibration(calibration, self.output / manifests.CALIBRATION_NAME)
         tokenizer = {}
-        if self.made.tokenizer is not None:
-            saved = self.made.tokenizer.save_pretrained(self.output)
+        if self.inputs.tokenizer is not None:
+            saved = self.inputs.tokenizer.save_pretrained(self.output)
             tokenizer = {
                 n: manifests.file_entry(self.output / n)
                 for n in sorted({Path(s).name for s in saved or ()})
@@ -317,11 +317,11 @@ class _Build:
             recipe=self.recipe.model_dump(mode="json", exclude_none=True, exclude={"axis_map", "hub"}),
             versions={library: version(library) for library in _LIBRARIES},
         )
-        if self.made.text is not None and (per_pair := self.recipe.evaluation.curve_points):
+        if self.inputs.text is not None and (per_pair := self.recipe.evaluation.curve_points):
             place, most = Location(str(self.output)), self.recipe.evaluation.tokens
-            anchors = measure_barriers(Chain(place, manifest), self.made.validation or [], most, self.progress)
+            anchors = measure_barriers(Chain(place, manifest), self.inputs.validation or [], most, self.progress)
             manifest = manifest.model_copy(update={"anchors": anchors})
-            curve = measure_curve(Chain(place, manifest), self.made.text.test, per_pair, most, self.progress)
+            curve = measure_curve(Chain(place, manifest), self.inputs.text.test, per_pair, most, self.progress)
             manifest = manifest.model_copy(update={"curve": curve})
             plot_chain(manifest, self.output / "size_loss.png")
         cards.chain_card(manifest, folder=self.output).save(self.output / "README.md")

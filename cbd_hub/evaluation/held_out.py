@@ -18,6 +18,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cbd_hub.axes.sizing import format_count
 from cbd_hub.errors import RecipeError
 from cbd_hub.losses.distillation import distillation_loss, hidden_and_head
 from cbd_hub.text.documents import Documents
@@ -29,7 +30,6 @@ __all__ = [
     "Evaluation",
     "bits_per_byte",
     "evaluate_loss",
-    "human_count",
     "plot_size_loss",
     "render_progress",
 ]
@@ -223,7 +223,7 @@ def plot_size_loss(
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_count(size)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_count(round(size))))
     axes.margins(x=0.12, y=0.12)
     axes.set_xlabel("parameters")
     axes.set_ylabel("held-out loss (nats per token)")
@@ -233,11 +233,3 @@ def plot_size_loss(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
-
-
-def human_count(size: float) -> str:
-    """A parameter count as people write it: 763k, 138M, 1.2B."""
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g}{unit}"
-    return f"{size:.0f}"

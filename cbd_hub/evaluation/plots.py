@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cbd_hub.axes.sizing import format_count
 from cbd_hub.errors import RecipeError
-from cbd_hub.evaluation.held_out import COLORS, MARKERS, human_count
+from cbd_hub.evaluation.held_out import COLORS, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +130,7 @@ def _draw(axes: "Axes", rows: Sequence[Row], arguments: Mapping[str, str], metri
     few = max(map(_size, rows)) < 4 * min(map(_size, rows))  # then decades alone would leave the axis bare
     axes.xaxis.set_major_locator(MaxNLocator(4) if few else LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_count(size)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_count(round(size))))
     axes.margins(x=0.15, y=0.15)
     axes.set_xlabel("parameters")
     axes.grid(color="#dddddd", linewidth=0.8)

@@ -26,7 +26,7 @@ from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.errors import RecipeError
 
-__all__ = ["CarryReport", "carry_blocks", "same_form"]
+__all__ = ["CopyReport", "copy_blocks", "same_form"]
 
 # Fields that may differ: they name things, belong to training, or are compared by what they do (see _differing_field).
 _HARMLESS = frozenset(
@@ -41,10 +41,10 @@ _NORMED = {"q_norm": "q_proj", "k_norm": "k_proj"}
 
 
 @dataclass(frozen=True)
-class CarryReport:
-    """What :func:`carry_blocks` did with every tensor, by parameter name."""
+class CopyReport:
+    """What :func:`copy_blocks` did with every tensor, by parameter name."""
 
-    carried: tuple[str, ...]
+    copied: tuple[str, ...]
     """Tensors of the new model that are the source's."""
     started: tuple[str, ...]
     """Tensors that the source does not have, started at 0 (biases) or from its activations (q/k norms)."""
@@ -55,9 +55,9 @@ class CarryReport:
 
 
 @torch.no_grad()
-def carry_blocks(
+def copy_blocks(
     source: PreTrainedModel, config: PreTrainedConfig, blocks: Tensor | None = None
-) -> tuple[PreTrainedModel, CarryReport]:
+) -> tuple[PreTrainedModel, CopyReport]:
     """Builds a model of another family's config with the tensors of a source.
 
     Exact, up to rounding, where nothing is dropped and no norm of queries and keys comes or goes. A family of another
@@ -85,13 +85,13 @@ def carry_blocks(
         _check(source.config, config, ours, theirs)
     model = AutoModelForCausalLM.from_config(config, dtype=source.dtype).to(source.device).eval()
     if not carried_over:
-        return model, CarryReport((), (), (), tuple(name for name, _ in model.named_parameters()))
+        return model, CopyReport((), (), (), tuple(name for name, _ in model.named_parameters()))
 
     old, new = dict(source.named_parameters(remove_duplicate=False)), dict(model.named_parameters())
-    carried = tuple(name for name in new if name in old)
+    copied = tuple(name for name in new if name in old)
     started = tuple(name for name in new if name not in old)
     dropped = tuple(name for name, _ in source.named_parameters() if name not in new)
-    for name in carried:
+    for name in copied:
         new[name].copy_(old[name])
     for name in started:
         if name.endswith(".bias"):
@@ -111,7 +111,7 @@ def carry_blocks(
             projection.weight.mul_(effect[:, None])
             if projection.bias is not None:
                 projection.bias.mul_(effect)
-    return model, CarryReport(carried, started, dropped, ())
+    return model, CopyReport(copied, started, dropped, ())
 
 
 def same_form(ours: AxisMap, theirs: AxisMap) -> bool:

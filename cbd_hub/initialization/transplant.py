@@ -6,7 +6,7 @@ Three steps lead from a trained model to the first anchor of a chain of another 
    with the same bytes keeps its row. Any other is made from known rows: the mean of those of the source tokens that
    spell it (its *pieces*), or a sparse combination of shared tokens that stand in the same contexts
    (:mod:`cbd_hub.initialization.matching_pursuit`).
-2. :func:`cbd_hub.initialization.copy_blocks.carry_blocks` moves the blocks into another family, where its blocks
+2. :func:`cbd_hub.initialization.copy_blocks.copy_blocks` moves the blocks into another family, where its blocks
    compute the same.
 3. :func:`embeddings_into` is for families and widths where they do not: the blocks are fresh, but the embedding is
    the source's, turned so that its leading directions come first and cut to the new width.

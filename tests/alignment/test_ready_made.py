@@ -9,7 +9,7 @@ from tiny_recipe import built_chain, tiny_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cbd_hub import build_chain, from_chain
-from cbd_hub.alignment.ready_made import adopt, check_neighbors, positional_map
+from cbd_hub.alignment.ready_made import check_neighbors, load_ready_made, positional_map
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.chain.chain import Chain
 from cbd_hub.errors import RecipeError
@@ -46,7 +46,7 @@ def test_positional_map_pairs_ends_and_spreads_layers() -> None:
 def test_as_it_is_the_checkpoint_is_not_touched() -> None:
     large, small = load(0), load(1)
     before = {name: p.clone() for name, p in small.state_dict().items()}
-    adopted, _ = adopt(small, large, axis_map_for(large.config), None)
+    adopted, _ = load_ready_made(small, large, axis_map_for(large.config), None)
     assert adopted is small
     assert all(torch.equal(before[name], p) for name, p in small.state_dict().items())
 
@@ -56,7 +56,7 @@ def test_aligned_it_computes_the_same() -> None:
     blocks = torch.randint(0, small.config.vocab_size, (16, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = small(blocks[:2]).logits
-        adopted, _ = adopt(small, large, axis_map_for(large.config), blocks, progress=False)
+        adopted, _ = load_ready_made(small, large, axis_map_for(large.config), blocks, progress=False)
         torch.testing.assert_close(adopted(blocks[:2]).logits, before, atol=1e-3, rtol=1e-3)
 
 

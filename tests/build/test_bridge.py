@@ -1,4 +1,4 @@
-"""Founding a chain on a source of another architecture and vocabulary, with real small models and real text."""
+"""BridgeInputs a chain on a source of another architecture and vocabulary, with real small models and real text."""
 
 import copy
 import functools
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub import Chain, from_chain
-from cbd_hub.build.bridge import Founding, choose, found
+from cbd_hub.build.bridge import BridgeInputs, build_anchor_zero, choose
 from cbd_hub.build.build import build_chain
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.build.settings import BridgeConfig
@@ -56,14 +56,14 @@ def documents() -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def founding(source: tuple[PreTrainedModel, Tokenizer], documents: list[dict[str, str]]) -> Founding:
+def founding(source: tuple[PreTrainedModel, Tokenizer], documents: list[dict[str, str]]) -> BridgeInputs:
     tokenizer = train_tokenizer(documents, 420)
     blocks = pack(Dataset.from_list(documents), tokenizer, 32)
 
     def rows() -> Iterator[Mapping[str, str]]:
         return iter(documents)
 
-    return Founding(
+    return BridgeInputs(
         tokenizer=tokenizer,
         train=blocks.select(range(200)),
         validation=blocks.select(range(200, 216)),
@@ -81,7 +81,7 @@ def setting(tmp_path: Path, **changes: Any) -> BridgeConfig:
     return BridgeConfig.model_validate({**base, "generation": generation, **changes})
 
 
-def test_auto_takes_what_the_models_allow(founding: Founding, source: tuple[PreTrainedModel, Tokenizer]) -> None:
+def test_auto_takes_what_the_models_allow(founding: BridgeInputs, source: tuple[PreTrainedModel, Tokenizer]) -> None:
     ways, why, report = choose(BridgeConfig(), founding)
     assert ways == ["transplant", "logits"] and "%" in why and report is not None
     assert 0.3 < report.student_frequency < 1
@@ -96,9 +96,9 @@ def test_auto_takes_what_the_models_allow(founding: Founding, source: tuple[PreT
 
 
 @pytest.mark.parametrize("use", [[], ["transplant"], ["logits"], ["seqkd"], ["transplant", "logits", "seqkd"]])
-def test_every_way_founds_a_model_of_the_new_kind(founding: Founding, tmp_path: Path, use: list[str]) -> None:
+def test_every_way_founds_a_model_of_the_new_kind(founding: BridgeInputs, tmp_path: Path, use: list[str]) -> None:
     said: list[str] = []
-    model, training, made = found(
+    model, training, made = build_anchor_zero(
         setting(tmp_path, use=use), founding, tmp_path / "work", say=said.append, progress=False
     )
     assert model.config.model_type == "gpt2" and model.config.vocab_size == len(founding.tokenizer)
@@ -112,12 +112,12 @@ def test_every_way_founds_a_model_of_the_new_kind(founding: Founding, tmp_path: 
     assert any("groups" in text for text in said) is ("logits" in use)
 
 
-def test_blocks_go_along_where_the_form_is_the_same(founding: Founding, tmp_path: Path) -> None:
+def test_blocks_go_along_where_the_form_is_the_same(founding: BridgeInputs, tmp_path: Path) -> None:
     small = {"num_hidden_layers": 2, "intermediate_size": 64}
     kinds = {}
     for use in ([], ["transplant"]):
         config = setting(tmp_path, use=use, architecture=None, config=small)
-        model, training, made = found(config, founding, tmp_path / "work", progress=False)
+        model, training, made = build_anchor_zero(config, founding, tmp_path / "work", progress=False)
         assert model.config.num_hidden_layers == 2 and model.config.intermediate_size == 64
         kinds[tuple(made.carried)] = training.start_loss
     fresh, carried = kinds[()], kinds["embeddings", "blocks"]
@@ -140,47 +140,47 @@ REASONS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("architecture", "config", "reason"), REASONS.values(), ids=list(REASONS))
 def test_fresh_blocks_say_why(
-    founding: Founding, tmp_path: Path, architecture: str, config: dict[str, Any], reason: str
+    founding: BridgeInputs, tmp_path: Path, architecture: str, config: dict[str, Any], reason: str
 ) -> None:
     said: list[str] = []
     wanted = setting(tmp_path, use=["transplant"], architecture=architecture, config=config, training={"tokens": 0})
-    _, _, made = found(wanted, founding, tmp_path / "work", say=said.append, progress=False)
+    _, _, made = build_anchor_zero(wanted, founding, tmp_path / "work", say=said.append, progress=False)
     assert made.carried == ["embeddings"] and made.fresh_blocks is not None
     assert re.search(reason, made.fresh_blocks)
     assert f"its blocks are fresh: {made.fresh_blocks}" in said and "\n" not in made.fresh_blocks
 
 
-def test_a_source_whose_head_is_untied(founding: Founding, tmp_path: Path) -> None:
+def test_a_source_whose_head_is_untied(founding: BridgeInputs, tmp_path: Path) -> None:
     model = tiny_model(tiny_config("llama", vocab_size=len(founding.source_tokenizer), tie_word_embeddings=False))
     wanted = setting(tmp_path, use=["transplant"], architecture=None, training={"tokens": 0})
     wanted = wanted.model_copy(update={"config": {"tie_word_embeddings": True}})
-    _, _, made = found(wanted, replace(founding, source=model), tmp_path / "work", progress=False)
+    _, _, made = build_anchor_zero(wanted, replace(founding, source=model), tmp_path / "work", progress=False)
     assert "source's head is untied" in str(made.fresh_blocks)
 
 
 @pytest.mark.parametrize("use", [[], ["seqkd"]])
-def test_nothing_was_to_be_carried(founding: Founding, tmp_path: Path, use: list[str]) -> None:
+def test_nothing_was_to_be_carried(founding: BridgeInputs, tmp_path: Path, use: list[str]) -> None:
     wanted = setting(tmp_path, use=use, training={"tokens": 0})
     said: list[str] = []
-    _, _, made = found(wanted, founding, tmp_path / "work", say=said.append, progress=False)
+    _, _, made = build_anchor_zero(wanted, founding, tmp_path / "work", say=said.append, progress=False)
     assert made.fresh_blocks is None and not any("fresh" in text for text in said)
     assert Bridge.model_validate_json(made.model_dump_json(exclude={"fresh_blocks"})) == made  # an older manifest
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "smollm3"])
-def test_lists_of_an_entry_a_layer_follow_the_depth(founding: Founding, tmp_path: Path, family: str) -> None:
+def test_lists_of_an_entry_a_layer_follow_the_depth(founding: BridgeInputs, tmp_path: Path, family: str) -> None:
     fields = dict(VARIANTS[f"{family}-sliding" if family == "qwen2" else family][1])
     config = tiny_config(family, **{**fields, "vocab_size": len(founding.source_tokenizer)})
     on = replace(founding, source=tiny_model(config))
     wanted = setting(tmp_path, use=["transplant"], architecture=None, config={"num_hidden_layers": 2})
-    model, _, made = found(wanted, on, tmp_path / "work", progress=False)
+    model, _, made = build_anchor_zero(wanted, on, tmp_path / "work", progress=False)
     assert made.carried == ["embeddings", "blocks"] and model.config.num_hidden_layers == 2
     assert len(model.config.layer_types) == 2
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("padding", [(23, 0), (0, 9), (23, 9)])
-def test_padded_vocabularies(founding: Founding, tmp_path: Path, family: str, padding: tuple[int, int]) -> None:
+def test_padded_vocabularies(founding: BridgeInputs, tmp_path: Path, family: str, padding: tuple[int, int]) -> None:
     """Rows behind the tokenizer's tokens, as Qwen has them: of anchor zero, of the source, of both."""
     assert founding.source is not None and founding.source_tokenizer is not None
     source = copy.deepcopy(founding.source)
@@ -193,7 +193,7 @@ def test_padded_vocabularies(founding: Founding, tmp_path: Path, family: str, pa
     wanted = setting(tmp_path, use=use, architecture=family, config=fields)
     said: list[str] = []
     on = replace(founding, source=source)
-    model, training, made = found(wanted, on, tmp_path / "work", say=said.append, progress=False)
+    model, training, made = build_anchor_zero(wanted, on, tmp_path / "work", say=said.append, progress=False)
     assert model.config.vocab_size == len(model.get_input_embeddings().weight) == size
     assert made.carried == (["embeddings"] if family == "gpt2" else ["embeddings", "blocks"]), made.fresh_blocks
     assert training.best_loss is not None and training.best_loss < math.log(size) and made.generated_documents > 0
@@ -202,12 +202,14 @@ def test_padded_vocabularies(founding: Founding, tmp_path: Path, family: str, pa
     assert probabilities[..., len(founding.tokenizer) :].sum(-1).mean() < 0.2  # rows of no token claim little
 
 
-def test_a_vocabulary_below_the_tokenizer_is_refused(founding: Founding, tmp_path: Path) -> None:
+def test_a_vocabulary_below_the_tokenizer_is_refused(founding: BridgeInputs, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"bridge\.config\.vocab_size is 99, and the tokenizer has"):
-        found(setting(tmp_path, config={**GPT2, "vocab_size": 99}), founding, tmp_path / "work", progress=False)
+        build_anchor_zero(
+            setting(tmp_path, config={**GPT2, "vocab_size": 99}), founding, tmp_path / "work", progress=False
+        )
 
 
-def test_text_that_the_source_alters_is_counted_and_said(founding: Founding, tmp_path: Path) -> None:
+def test_text_that_the_source_alters_is_counted_and_said(founding: BridgeInputs, tmp_path: Path) -> None:
     state = json.loads(founding.source_tokenizer.backend_tokenizer.to_str())
     state["normalizer"] = {"type": "NFC"}
     backend = PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(json.dumps(state)), eos_token="<|endoftext|>")
@@ -215,19 +217,19 @@ def test_text_that_the_source_alters_is_counted_and_said(founding: Founding, tmp
     blocks = pack(Dataset.from_list(text), founding.tokenizer, 32)
     on = replace(founding, source_tokenizer=backend, train=blocks, documents=lambda: iter(text))
     said: list[str] = []
-    found(setting(tmp_path, use=["logits"]), on, tmp_path / "work", say=said.append, progress=False)
+    build_anchor_zero(setting(tmp_path, use=["logits"]), on, tmp_path / "work", say=said.append, progress=False)
     (line,) = [text for text in said if text.startswith("of the text")]
     assert int(re.search(r"([\d,]+) skipped segments", line)[1].replace(",", "")) > 0
     assert int(re.search(r"([\d,]+) groups", line)[1].replace(",", "")) > 100
 
 
 def test_one_vocabulary_is_plain_distillation(
-    founding: Founding, source: tuple[PreTrainedModel, Tokenizer], documents: list[dict[str, str]], tmp_path: Path
+    founding: BridgeInputs, source: tuple[PreTrainedModel, Tokenizer], documents: list[dict[str, str]], tmp_path: Path
 ) -> None:
     blocks = pack(Dataset.from_list(documents), source[1], 32)
     on = replace(founding, tokenizer=source[1], train=blocks.select(range(200)), validation=blocks.select(range(8)))
     config = setting(tmp_path, use=["logits"], training={**TRAINING, "ce": 0})
-    model, _, made = found(config, on, tmp_path / "work", progress=False)
+    model, _, made = build_anchor_zero(config, on, tmp_path / "work", progress=False)
     assert made.vocabulary is not None and math.isclose(made.vocabulary["student_frequency"], 1.0)
     rows = torch.tensor(blocks[300:316]["input_ids"])
     with torch.no_grad():
@@ -423,11 +425,11 @@ def test_recipes_write_it_short(tmp_path: Path) -> None:
     assert json.loads(loaded.model_dump_json())["bridge"]["use"] == ["logits"]
 
 
-def test_what_the_models_do_not_allow(founding: Founding, tmp_path: Path) -> None:
+def test_what_the_models_do_not_allow(founding: BridgeInputs, tmp_path: Path) -> None:
     no_tokenizer = replace(founding, source_tokenizer=None)
     with pytest.raises(RecipeError, match="no tokenizer"):
-        found(setting(tmp_path, use=["logits"]), no_tokenizer, tmp_path / "work", progress=False)
+        build_anchor_zero(setting(tmp_path, use=["logits"]), no_tokenizer, tmp_path / "work", progress=False)
     with pytest.raises(RecipeError, match="no gpt2 config"):
         wrong = setting(tmp_path, use=[], config={"n_embd": "wide"})
-        found(wrong, founding, tmp_path / "work", progress=False)
+        build_anchor_zero(wrong, founding, tmp_path / "work", progress=False)
     assert DistillationConfig(**TRAINING).tokens == 2048

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from cbd_hub.axes.architectures import AXIS_MAPS
 from cbd_hub.build.build import build_chain
-from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.chain.chain import Chain
 from cbd_hub.errors import (
@@ -294,7 +294,7 @@ def test_killed_ten_times_at_random(tmp_path: Path) -> None:
 
 def test_calibration_tokens_are_shipped_and_named_in_the_manifest() -> None:
     chain = Chain.from_pretrained(built_chain())
-    wanted = Ingredients(*load_recipe(tiny_recipe())).shipped_calibration()
+    wanted = BuildInputs(*load_recipe(tiny_recipe())).shipped_calibration()
     assert wanted is not None and chain.calibration is not None
     assert torch.equal(chain.calibration, wanted)
     assert chain.manifest.calibration == file_entry(built_chain() / "calibration.safetensors")
@@ -319,7 +319,7 @@ def test_a_start_is_refitted_unless_that_raises_its_loss(knows_the_text: bool, t
         calibration_tokens=512,
         evaluation={"tokens": 2000, "curve_points": 1},
     )
-    ingredients = Ingredients(*load_recipe(recipe))
+    ingredients = BuildInputs(*load_recipe(recipe))
     assert ingredients.text is not None and ingredients.validation is not None
     if knows_the_text:
         train(source, 0, blocks=torch.tensor(ingredients.text.train["input_ids"]).repeat(5, 1))

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.initialization.copy_blocks import carry_blocks
+from cbd_hub.initialization.copy_blocks import copy_blocks
 
 IDS = torch.randint(97, (4, 24), generator=torch.Generator().manual_seed(0))
 HEAD_12 = {"head_dim": 12}  # qwen2 and smollm3 have no field for another than hidden / heads
@@ -39,21 +39,21 @@ def logits(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize("family", ["llama", "mistral", "smollm3"])
 def test_families_of_one_form_compute_the_same(family: str, other: str, tied: bool) -> None:
     source, config = source_and_config(family, other, tie_word_embeddings=tied)
-    model, report = carry_blocks(source, config)
+    model, report = copy_blocks(source, config)
     assert model.config.model_type == other
     torch.testing.assert_close(logits(model), logits(source), atol=1e-5, rtol=0)
     assert report.dropped == report.fresh == ()
     assert len(report.started) == (9 if other == "qwen2" else 0)
-    assert set(report.carried) | set(report.started) == {name for name, _ in model.named_parameters()}
+    assert set(report.copied) | set(report.started) == {name for name, _ in model.named_parameters()}
 
 
 def test_biases_are_carried_where_there_is_a_place() -> None:
     source, config = source_and_config("qwen2", "llama")
     config.attention_bias = True
-    model, report = carry_blocks(source, config)
+    model, report = copy_blocks(source, config)
     torch.testing.assert_close(logits(model), logits(source), atol=1e-5, rtol=0)
     assert report.started == tuple(f"model.layers.{layer}.self_attn.o_proj.bias" for layer in range(3))
-    _, report = carry_blocks(source, source_and_config("qwen2", "mistral")[1])
+    _, report = copy_blocks(source, source_and_config("qwen2", "mistral")[1])
     assert len(report.dropped) == 9 and all(name.endswith("_proj.bias") for name in report.dropped)
 
 
@@ -63,22 +63,22 @@ def test_a_sliding_window_is_carried_layer_by_layer() -> None:
     with pytest.raises(
         RecipeError, match=r"sliding_window is \[None, None, None\] in the qwen2 config and \[5, 5, 5\]"
     ):
-        carry_blocks(source, config)
+        copy_blocks(source, config)
     config = tiny_config(
         "qwen2", rope_parameters=ROPE, use_sliding_window=True, sliding_window=5, layer_types=["sliding_attention"] * 3
     )
-    torch.testing.assert_close(logits(carry_blocks(source, config)[0]), logits(source), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(copy_blocks(source, config)[0]), logits(source), atol=1e-5, rtol=0)
 
 
 def test_an_untied_head_starts_as_the_tied_one() -> None:
     source, _ = source_and_config("llama", "llama", tie_word_embeddings=True)
     _, config = source_and_config("llama", "qwen2", tie_word_embeddings=False)
-    model, _ = carry_blocks(source, config)
+    model, _ = copy_blocks(source, config)
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
     torch.testing.assert_close(logits(model), logits(source), atol=1e-5, rtol=0)
     config.tie_word_embeddings = True
     with pytest.raises(RecipeError, match="tie_word_embeddings must be false"):
-        carry_blocks(tiny_model(tiny_config("llama", **HEAD_12)), config)
+        copy_blocks(tiny_model(tiny_config("llama", **HEAD_12)), config)
 
 
 def set_norms(model: PreTrainedModel, value: float) -> PreTrainedModel:
@@ -99,7 +99,7 @@ def test_norms_of_queries_and_keys_start_at_the_size_that_these_have() -> None:
         for layer in source.model.layers:
             layer.self_attn.q_proj.weight.mul_(0.3)
             layer.self_attn.k_proj.weight.mul_(0.4)
-    model, report = carry_blocks(source, config, IDS)
+    model, report = copy_blocks(source, config, IDS)
     assert len(report.started) == 6 and not report.dropped
     seen: list[Tensor] = []
     first = source.model.layers[0]
@@ -117,7 +117,7 @@ def test_norms_that_a_family_does_not_have_are_folded() -> None:
     with torch.no_grad():  # a norm undoes this, so a fold has to undo it too
         for layer in source.model.layers:
             layer.self_attn.q_proj.weight.mul_(3.0)
-    model, report = carry_blocks(source, config, IDS)
+    model, report = copy_blocks(source, config, IDS)
     assert len(report.dropped) == 6 and not report.started
     plain = tiny_model(config)
     plain.load_state_dict({name: source.state_dict()[name] for name in plain.state_dict()})
@@ -128,14 +128,14 @@ def test_norms_that_a_family_does_not_have_are_folded() -> None:
 @pytest.mark.parametrize(("family", "other"), [("llama", "qwen3"), ("qwen3", "mistral")])
 def test_norms_need_blocks(family: str, other: str) -> None:
     with pytest.raises(RecipeError, match="pass `blocks`"):
-        carry_blocks(*source_and_config(family, other))
+        copy_blocks(*source_and_config(family, other))
 
 
 @pytest.mark.parametrize("other", ["gpt2", "gpt_neox", "opt", "gemma3_text", "olmo2", "phi3"])
 def test_a_family_of_another_form_is_fresh_and_says_so(other: str) -> None:
     source, _ = source_and_config("llama", "llama")
-    model, report = carry_blocks(source, tiny_config(other))
-    assert report.carried == report.started == report.dropped == ()
+    model, report = copy_blocks(source, tiny_config(other))
+    assert report.copied == report.started == report.dropped == ()
     assert set(report.fresh) == {name for name, _ in model.named_parameters()}
     assert model(IDS).logits.isfinite().all()
 
@@ -143,7 +143,7 @@ def test_a_family_of_another_form_is_fresh_and_says_so(other: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "gemma3_text", "olmo2", "phi3", "qwen3"])
 def test_the_same_family_is_a_copy(family: str) -> None:
     source = tiny_model(tiny_config(family))
-    model, report = carry_blocks(source, tiny_config(family))
+    model, report = copy_blocks(source, tiny_config(family))
     assert report.fresh == report.started == report.dropped == ()
     torch.testing.assert_close(logits(model), logits(source), atol=0, rtol=0)
 
@@ -167,16 +167,16 @@ def test_a_field_that_enters_the_maths_is_named(field: str, value: Any) -> None:
     source, _ = source_and_config("llama", "mistral")
     config = tiny_config("mistral", **{**SAME["mistral"], "rope_parameters": ROPE, field: value})
     with pytest.raises(RecipeError, match=f"^{field} is .* in the mistral config and .* in the llama source; set it"):
-        carry_blocks(source, config)
+        copy_blocks(source, config)
 
 
 def test_layers_without_positions_are_refused() -> None:
     source, config = source_and_config("llama", "smollm3")
     config.no_rope_layers = [1, 0, 1]
     with pytest.raises(RecipeError, match="no_rope_layers"):
-        carry_blocks(source, config)
+        copy_blocks(source, config)
 
 
 def test_a_field_of_the_same_family_is_named() -> None:
     with pytest.raises(RecipeError, match="activation_function is 'relu'"):
-        carry_blocks(tiny_model(tiny_config("gpt2")), tiny_config("gpt2", activation_function="relu"))
+        copy_blocks(tiny_model(tiny_config("gpt2")), tiny_config("gpt2", activation_function="relu"))

@@ -14,7 +14,7 @@ from datasets import IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from cbd_hub.build.bridge import Founding
+from cbd_hub.build.bridge import BridgeInputs
 from cbd_hub.build.recipe import Recipe, TrainTokenizer
 from cbd_hub.build.settings import BridgeConfig
 from cbd_hub.errors import RecipeError
@@ -26,7 +26,7 @@ from cbd_hub.text.packing import mix, pack, token_batches, train_tokenizer
 from cbd_hub.text.splits import Splits, load_splits
 from cbd_hub.training.distill import distill
 
-__all__ = ["Ingredients", "Text"]
+__all__ = ["BuildInputs", "Text"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Text:
     test: Documents
 
 
-class Ingredients:
+class BuildInputs:
     """Text, tokenizer and source model of one recipe, each made when it is first needed."""
 
     def __init__(self, recipe: Recipe, base: Path) -> None:
@@ -162,7 +162,7 @@ class Ingredients:
         except (OSError, ValueError) as error:
             raise RecipeError(f"the config of {place!r} cannot be loaded: {error}") from error
 
-    def founding(self, bridge: BridgeConfig) -> Founding:
+    def bridge_inputs(self, bridge: BridgeConfig) -> BridgeInputs:
         """What anchor zero is founded on: the source and its tokenizer, and the chain's tokenizer and text.
 
         Raises:
@@ -176,7 +176,7 @@ class Ingredients:
             return chain.from_iterable(s.train for s in self.splits)
 
         own = None if source.model is None else _load_tokenizer(self._model_place(), source.revision)
-        return Founding(
+        return BridgeInputs(
             tokenizer=tokenizer,
             train=text.train,
             validation=self.validation,

@@ -10,19 +10,19 @@ from tiny_models import tiny_config, tiny_model
 from tiny_recipe import TEXT, built_chain, tiny_recipe
 from transformers import AutoTokenizer
 
-from cbd_hub.build.ingredients import Ingredients
+from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.errors import RecipeError, UnknownArchitectureError
 from cbd_hub.initialization.refit import REFIT_TOKENS
 
 
-def made(**changes: Any) -> Ingredients:
-    return Ingredients(*load_recipe(tiny_recipe(**changes)))
+def made(**changes: Any) -> BuildInputs:
+    return BuildInputs(*load_recipe(tiny_recipe(**changes)))
 
 
-def of_model(folder: Path, **changes: Any) -> Ingredients:
+def of_model(folder: Path, **changes: Any) -> BuildInputs:
     recipe = {"name": "x", "source": {"model": str(folder)}, "anchors": [0.5], "distillation": {"tokens": 0}}
-    return Ingredients(*load_recipe({**recipe, **changes}))
+    return BuildInputs(*load_recipe({**recipe, **changes}))
 
 
 def test_splits_share_no_text_and_repeat() -> None:
@@ -147,7 +147,7 @@ def test_the_tokenizer_of_the_source_or_of_a_folder_beside_the_recipe(tmp_path: 
     found = of_model(tmp_path / "source").tokenizer
     assert found is not None and found.get_vocab() == tokenizer.get_vocab()
     recipe, _ = load_recipe(tiny_recipe(tokenizer="source"))
-    beside = Ingredients(recipe, tmp_path).tokenizer
+    beside = BuildInputs(recipe, tmp_path).tokenizer
     assert beside is not None and beside.get_vocab() == tokenizer.get_vocab()
 
 
@@ -162,7 +162,7 @@ def test_text_is_found_beside_the_recipe(tmp_path: Path) -> None:
     (tmp_path.parent / "data").mkdir(exist_ok=True)
     (tmp_path.parent / "data" / "sotu").symlink_to(TEXT)
     try:
-        assert len(Ingredients(*load_recipe(tmp_path / "recipe.yaml")).splits[0].train) > 50
+        assert len(BuildInputs(*load_recipe(tmp_path / "recipe.yaml")).splits[0].train) > 50
     finally:
         (tmp_path.parent / "data" / "sotu").unlink()
 
