@@ -15,9 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from cbd_hub.alignment.basis import rotate
 from cbd_hub.alignment.importance import rank
@@ -35,6 +34,7 @@ from cbd_hub.chain.refine import save_calibration
 from cbd_hub.errors import OutputExistsError, RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.hub import cards
+from cbd_hub.hub.load import load_model
 from cbd_hub.hub.read import Location
 from cbd_hub.interpolation.checkpoints import checksum_file
 from cbd_hub.interpolation.materialize import parse_dtype
@@ -76,7 +76,7 @@ class _Build:
 
     def load(self, name: str) -> PreTrainedModel:
         """Loads a finished anchor in float32."""
-        return AutoModelForCausalLM.from_pretrained(self.output / "anchors" / name, dtype=torch.float32).eval()
+        return load_model(str(self.output / "anchors" / name))
 
     # -- steps
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 from datasets import IterableDataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.build.bridge import BridgeInputs
 from cbd_hub.build.recipe import Recipe, TrainTokenizer
 from cbd_hub.build.settings import BridgeConfig
 from cbd_hub.errors import RecipeError
+from cbd_hub.hub.load import load_config, load_model
 from cbd_hub.initialization.fresh import fresh_config, fresh_model
 from cbd_hub.initialization.refit import REFIT_TOKENS
 from cbd_hub.manifest.manifest import Training
@@ -138,18 +139,9 @@ class BuildInputs:
         """Loads a model in float32 from a folder or the Hub.
 
         Raises:
-            RecipeError: It cannot be loaded, or has no safetensors weights.
+            RecipeError: It cannot be loaded whole and finite: see :func:`cbd_hub.hub.load.load_model`.
         """
-        try:
-            return AutoModelForCausalLM.from_pretrained(
-                self._local(place),
-                revision=revision,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-            ).eval()
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"the model {place!r} cannot be loaded: {error}") from error
+        return load_model(self._local(place), revision)
 
     def checkpoint_config(self, place: str, revision: str | None) -> PreTrainedConfig:
         """Loads a model's config alone.
@@ -157,10 +149,7 @@ class BuildInputs:
         Raises:
             RecipeError: It cannot be loaded.
         """
-        try:
-            return AutoConfig.from_pretrained(self._local(place), revision=revision, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"the config of {place!r} cannot be loaded: {error}") from error
+        return load_config(self._local(place), revision)
 
     def bridge_inputs(self, bridge: BridgeConfig) -> BridgeInputs:
         """What anchor zero is founded on: the source and its tokenizer, and the chain's tokenizer and text.

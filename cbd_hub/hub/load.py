@@ -1,0 +1,146 @@
+"""The door through which whole models come in: what was loaded is what was stored, or it is refused.
+
+transformers fills in what a checkpoint lacks with random weights and drops what it does not know, with no more than a
+warning. A source or a ready-made anchor that is loaded so would be another model without a word.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from cbd_hub.errors import RecipeError
+
+__all__ = ["load_config", "load_model"]
+
+_LFS = b"version https://git-lfs"
+_SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+_NAMED = 3  # tensors that an error lists
+
+
+def load_config(place: str, revision: str | None = None) -> PreTrainedConfig:
+    """Loads the config of a model, and refuses what no chain can be made from.
+
+    Args:
+        place: A folder or a Hub repo id.
+        revision: Branch, tag or commit.
+
+    Raises:
+        RecipeError: It cannot be read, belongs to an adapter or a quantized model, or names a special token outside
+            the vocabulary.
+    """
+    folder = Path(place)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise RecipeError(f"{place!r} is an adapter, not a model: merge it into its base model first and save that")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the config of {place!r} cannot be loaded: {_one_line(error)}") from error
+    if getattr(config, "quantization_config", None):
+        raise RecipeError(f"{place!r} is a quantized model; name the full-precision model that it was made from")
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    for name in _SPECIAL:
+        value = getattr(config, name, None)
+        ids = value if isinstance(value, list) else [value]
+        if size is not None and any(isinstance(i, int) and i >= size for i in ids):
+            raise RecipeError(
+                f"{place!r} has {name} {value}, outside its vocabulary of {size}; correct config.json, or resize the "
+                "embedding to the tokenizer"
+            )
+    return config
+
+
+def load_model(place: str, revision: str | None = None) -> PreTrainedModel:
+    """Loads a causal language model in float32 and eval mode, every parameter from its safetensors files.
+
+    Args:
+        place: A folder or a Hub repo id.
+        revision: Branch, tag or commit.
+
+    Cost: beside the load itself, one pass over the weights.
+
+    Raises:
+        RecipeError: As :func:`load_config`; a file that is damaged or only a pointer to one; weights that are missing,
+            left over, of another shape or not finite; a stored head that differs from the embedding it is tied to.
+    """
+    config = load_config(place, revision)
+    for path in sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []:
+        with path.open("rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise RecipeError(
+                    f"{path.name} in {place} is a Git LFS pointer, not weights; fetch the file: git lfs pull"
+                )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
+            config=config,
+            revision=revision,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise RecipeError(
+            f"a safetensors file of {place!r} is damaged or incomplete ({_one_line(error)}); fetch it again"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the model {place!r} cannot be loaded: {_one_line(error)}") from error
+    except RuntimeError as error:  # what transformers raises where shapes differ
+        raise RecipeError(
+            f"the weights of {place!r} do not have the shape and size that its config.json says: {_one_line(error)}"
+        ) from error
+    model: PreTrainedModel = loaded[0].eval()
+    _check_report(place, model, loaded[1])
+    _check_tied_head(place, model)
+    for name, parameter in model.named_parameters():
+        low, high = parameter.detach().aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            raise RecipeError(f"{name} of {place!r} holds values that are not finite (NaN or inf): it diverged")
+    return model
+
+
+def _check_report(place: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Refuses a model of which something was filled in, left over or of another shape."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, and the model does not,")):
+        if names := sorted(set(report[kind]) - tied):
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            other = ""
+            if kind == "missing_keys" and (left := sorted(report["unexpected_keys"])):
+                other = f"; it has others instead, such as {left[0]}"
+            raise RecipeError(
+                f"the checkpoint {place!r} {what} {', '.join(names[:_NAMED])}{more}{other}; save it again as "
+                "transformers does, without prefixes of a wrapper and with all its shards"
+            )
+    if report["mismatched_keys"]:
+        first = sorted(map(str, report["mismatched_keys"]))[0]
+        raise RecipeError(f"weights of {place!r} have another shape than its config.json says: {first}")
+
+
+def _check_tied_head(place: str, model: PreTrainedModel) -> None:
+    """Refuses a folder whose config ties the head to the embedding while its files hold another head."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not Path(place).is_dir() or not model.config.get_text_config().tie_word_embeddings:
+        return
+    name = _name_of(model, head)
+    for path in Path(place).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            if name not in file.keys():  # noqa: SIM118 (a reader, not a dict)
+                continue
+            stored = file.get_tensor(name).float()
+        if not torch.equal(stored, model.get_parameter(_name_of(model, embedding)).detach()):
+            raise RecipeError(
+                f"config.json of {place!r} ties {name} to the embedding, and its files hold another head; set "
+                "tie_word_embeddings to false, or save the model without the head"
+            )
+
+
+def _name_of(model: PreTrainedModel, wanted: Any) -> str:
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is wanted)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
