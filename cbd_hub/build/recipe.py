@@ -58,7 +58,7 @@ class Source(_Strict):
     name: Name | None = None
     """Name of the largest anchor; by default the recipe's name and the size."""
     model: str | None = None
-    """A folder (relative to the recipe) or a Hub repo id."""
+    """A folder (relative to the recipe) or a Hub repo id; weights are read from safetensors alone."""
     revision: str | None = None
     """Branch, tag or commit of ``model``."""
     train: TrainSource | None = None
@@ -145,7 +145,8 @@ class EvaluationConfig(_Strict):
     """How the finished chain is measured on held-out text."""
 
     tokens: Annotated[TokenCount, Field(gt=0)] | None = None
-    """Most predicted tokens a measurement; None takes all held-out text."""
+    """Most predicted tokens a measurement, on validation text (which chooses checkpoints) and on test text; None takes
+    all."""
     curve_points: int = Field(default=4, ge=0, le=100)
     """Sizes measured between every two anchors."""
 
@@ -184,13 +185,14 @@ class Recipe(_Strict):
     spread: Spread = Spread()
     """Which axes shrink first."""
     refit: bool = True
-    """Fit a cut anchor's output projections to its neighbor by least squares before it is distilled."""
+    """Fit a cut anchor's output projections to its neighbor by least squares before it is distilled; the fit is kept
+    only where it lowers the validation loss."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How the chain is measured."""
     hub: HubConfig | None = None
     """Where it is published once it is finished."""
     license: str | None = None
-    """License identifier, e.g. ``apache-2.0``."""
+    """License identifier for the manifest and the cards, e.g. ``apache-2.0``."""
     axis_map: dict[str, Any] | None = None
     """An axis map for an architecture that the library does not know."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
