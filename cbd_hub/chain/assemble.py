@@ -77,16 +77,7 @@ def assemble(
 ) -> PreTrainedModel:
     """Carries out a plan: reads, interpolates and returns the model.
 
-    Args:
-        chain: The chain.
-        plan: From :meth:`cbd_hub.chain.chain.Chain.plan`.
-        refine: Compare other ways to make the model as well, and keep the best: see :mod:`cbd_hub.chain.refine`,
-            also for what that costs (minutes at 100M parameters on two cores).
-        dtype: A torch dtype or its name; ``"auto"`` keeps the large anchor's.
-        progress: Show a progress bar (HF_HUB_DISABLE_PROGRESS_BARS is obeyed).
-
-    Cost: reads ``plan.bytes_to_read`` bytes once; peak memory near the model's own size plus the largest pair of
-        source tensors.
+    :meth:`cbd_hub.chain.chain.Chain.initialize` is the way in, and says what the arguments mean and what it costs.
 
     Raises:
         IntegrityError: The anchors' files are not what the manifest says.

@@ -1,8 +1,8 @@
 """Which bytes of an anchor's tensors a plan needs, so that a pull can fetch these and no others.
 
 Layers that the target lacks are not needed at all, and of other tensors only the rows (stored dimension 0) that the
-target takes, widened to whole blocks of :data:`BLOCK` bytes: these have digests of
-their own, and for less a request more would cost as much as the bytes. Integers only.
+target takes, widened to whole blocks of :data:`BLOCK` bytes: these have digests of their own, and for
+less a request more would cost as much as the bytes. Integers only.
 """
 
 from collections.abc import Iterable, Sequence

@@ -6,10 +6,9 @@ Three terms, each a mean per predicted token, make up the loss:
 
 The last states are taken behind the final norm, as the head reads them, and the head is applied to a few hundred
 tokens at a time (:mod:`cbd_hub.losses.distillation`). DDP, FSDP and DeepSpeed prepare a model's weights around *one*
-call of its
-forward: under FSDP a weight used after it is a shard, under DDP one that goes unaccounted. So while a batch is
-computed, the student's forward is redirected to :class:`_Objective`, which runs student, teacher and losses inside
-that call. The student itself stays what is wrapped, saved and named.
+call of its forward: under FSDP a weight used after it is a shard, under DDP one that goes unaccounted. So while a
+batch is computed, the student's forward is redirected to :class:`_Objective`, which runs student, teacher and losses
+inside that call. The student itself stays what is wrapped, saved and named.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
