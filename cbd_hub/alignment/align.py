@@ -22,12 +22,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cbd_hub.alignment.basis import rotate
 from cbd_hub.alignment.importance import collect
-from cbd_hub.alignment.matching import Moments, Place, assign, layer_similarity, match_layers, observe_pairs
+from cbd_hub.alignment.matching import Moments, Place, layer_similarity, match_layers, observe_pairs
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.grammar import Part, product
 from cbd_hub.axes.sizing import Sizes
@@ -185,7 +186,7 @@ def _nearest_rotation(cross: Tensor) -> Tensor:
 
 def _match_units(correlation: np.ndarray, signed: bool) -> tuple[np.ndarray, np.ndarray]:
     """The large unit of every small one and, for `signed`, -1 where the two run against each other."""
-    partner = assign(np.abs(correlation) if signed else correlation)
+    partner = _best_columns(np.abs(correlation) if signed else correlation)
     against = correlation[np.arange(len(partner)), partner] < 0
     return partner, np.where(against & signed, -1.0, 1.0)
 
@@ -287,11 +288,13 @@ def _align_heads(
     q_few, q_many = small.get("q_per_kv", 1), large.get("q_per_kv", 1)
     moment = moments[out, layer]
     similarity = moment.group_similarity().numpy().reshape(few, q_few, many, q_many).transpose(0, 2, 1, 3)
-    paired = np.array([[_assigned(similarity[g, h]) for h in range(many)] for g in range(few)])
-    groups = assign(paired)
+    paired = np.array([[_best_sum(similarity[g, h]) for h in range(many)] for g in range(few)])
+    groups = _best_columns(paired)
     matched = similarity[np.arange(few), groups]  # (few, q_few, q_many)
     kept = np.argsort(-matched.max(1).sum(0), kind="stable")[:q_few] if q_few < q_many else np.arange(q_many)
-    queries = np.stack([np.argsort(assign(m[:, kept])) for m in matched])  # (few, q_few): small head at each place
+    queries = np.stack(
+        [np.argsort(_best_columns(m[:, kept])) for m in matched]
+    )  # (few, q_few): small head at each place
     for pattern, d, rows in _rows(axis_map, small, lambda _, part, rows: rows if "q_per_kv" in part else None):
         view = model.get_parameter(pattern.replace("*", str(layer))).movedim(d, -1)
         view[..., rows] = view[..., rows[torch.arange(few)[:, None], torch.from_numpy(queries)]]
@@ -311,8 +314,13 @@ def _align_heads(
     return {axis: groups} | ({"q_per_kv": np.concatenate([kept, rest])} if q_few < q_many else {})
 
 
-def _assigned(score: np.ndarray) -> float:
-    return float(score[np.arange(len(score)), assign(score)].sum())
+def _best_columns(score: np.ndarray) -> np.ndarray:
+    """Gives every row of (rows, columns) a column of its own so that the summed score is largest: (rows,) columns."""
+    return np.asarray(linear_sum_assignment(score, maximize=True)[1])
+
+
+def _best_sum(score: np.ndarray) -> float:
+    return float(score[linear_sum_assignment(score, maximize=True)].sum())
 
 
 def _adopt_gains(

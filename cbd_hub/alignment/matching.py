@@ -1,4 +1,4 @@
-"""Which units of two models are alike, and who is whose partner: activations compared, similarities, assignments."""
+"""Which units of two models are alike, and who is whose partner: activations and layers compared."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ from cbd_hub.axes.grammar import product
 from cbd_hub.evaluation.held_out import render_progress
 from cbd_hub.text.packing import token_batches
 
-__all__ = ["Moments", "Place", "assign", "layer_similarity", "match_layers", "observe_pairs"]
+__all__ = ["Moments", "Place", "layer_similarity", "match_layers", "observe_pairs"]
 
 LAYER_TOKENS = 1024
 """Tokens that layers are compared on: similarities need a (tokens, tokens) matrix for every layer."""
@@ -203,47 +203,3 @@ def match_layers(similarity: np.ndarray) -> list[int]:
     for j in range(few - 2, -1, -1):
         layers.append(int(best[j, : layers[-1]].argmax()))
     return layers[::-1]
-
-
-def assign(score: np.ndarray) -> np.ndarray:
-    """Gives every row a column of its own so that the summed score is largest.
-
-    Args:
-        score: (rows, columns), finite, no more rows than columns.
-
-    Returns:
-        (rows,) int64 columns. Exact: shortest augmenting paths (Jonker and Volgenant), after giving rows their best
-        column as far as it is free.
-
-    Cost: O(rows^2 columns) at worst; 0.1 s for 3072 x 4096 correlations, of which most rows agree.
-    """
-    cost = score.max(initial=0.0) - score.astype(np.float64)
-    rows, columns = cost.shape
-    margin, price = cost.min(1), np.zeros(columns)
-    column_of, row_of = np.full(rows, -1), np.full(columns, -1)
-    for row, column in enumerate(cost.argmin(1).tolist()):
-        if row_of[column] < 0:
-            column_of[row], row_of[column] = column, row
-    for start in np.flatnonzero(column_of < 0).tolist():
-        distance, came_from = np.full(columns, np.inf), np.full(columns, -1)
-        is_open, closed = np.ones(columns, dtype=bool), []
-        row, low = start, 0.0
-        while True:
-            through = low + cost[row] - margin[row] - price
-            nearer = is_open & (through < distance)
-            distance[nearer], came_from[nearer] = through[nearer], row
-            column = int(np.where(is_open, distance, np.inf).argmin())
-            low, is_open[column] = distance[column], False
-            if row_of[column] < 0:
-                break
-            closed.append(column)
-            row = int(row_of[column])
-        slack = low - distance[closed]
-        margin[start] += low
-        margin[row_of[closed]] += slack
-        price[closed] -= slack
-        while column >= 0:
-            row = int(came_from[column])
-            row_of[column] = row
-            column, column_of[row] = int(column_of[row]), column
-    return column_of

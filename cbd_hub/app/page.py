@@ -41,6 +41,7 @@ from cbd_hub.chain.chain import Chain
 from cbd_hub.chain.export import write_model
 from cbd_hub.errors import CbdError, RecipeError, SizeError
 from cbd_hub.hub.publish import publish_folder
+from cbd_hub.hub.read import Location
 from cbd_hub.hub.write import Repository
 from cbd_hub.interpolation.plan import Plan
 
@@ -59,14 +60,12 @@ class Workbench:
     """A chain, opened on first use, and the models made from it.
 
     Args:
-        place: A Hub repo id, or a folder that holds ``chain.json``.
-        where: ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` of
-            :meth:`cbd_hub.chain.chain.Chain.from_pretrained`.
+        chain: A Hub repo id, or a folder that holds ``chain.json``; or its location, which holds a revision, a token
+            and a cache.
     """
 
-    def __init__(self, place: str | Path, **where: Any) -> None:
-        self.place = place
-        self._where = where
+    def __init__(self, chain: str | Path | Location) -> None:
+        self.location = Location.of(chain)
         self._chain: Chain | None = None
         self._models: OrderedDict[Any, PreTrainedModel] = OrderedDict()
 
@@ -83,7 +82,7 @@ class Workbench:
             ManifestError: The manifest is malformed.
         """
         if self._chain is None:
-            self._chain = Chain.from_pretrained(self.place, **self._where)
+            self._chain = Chain.open(self.location)
         return self._chain
 
     def model(self, plan: Plan) -> PreTrainedModel:
@@ -173,12 +172,8 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
 
 
 def launch(
-    chain: str | Path,
+    chain: str | Path | Location,
     *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | None = None,
-    local_files_only: bool = False,
     port: int | None = None,
     share: bool = False,
     browser: bool = True,
@@ -188,11 +183,8 @@ def launch(
     The variable GRADIO_SERVER_NAME names another address, as a Space does; folders cannot be written then.
 
     Args:
-        chain: A Hub repo id, or a folder that holds ``chain.json``. One that cannot be read is told on the page.
-        revision: Branch, tag or commit of the chain.
-        token: Hub token that the chain is read with. Visitors publish with their own.
-        cache_dir: Another cache than ``HF_HOME``'s.
-        local_files_only: Use the cache alone.
+        chain: A Hub repo id, or a folder that holds ``chain.json``; or its location. The page says why a chain cannot
+            be read. Visitors publish with a token of their own, never with the location's.
         port: None is the first free one from 7860 on.
         share: Let others reach the page, through gradio's servers.
         browser: Open the page in a browser.
@@ -202,7 +194,7 @@ def launch(
         OSError: The port is taken.
     """
     gr = _gradio()
-    bench = Workbench(chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    bench = Workbench(chain)
     address = os.environ.get("GRADIO_SERVER_NAME", _LOOPBACK[0])
     alone = not share and address in _LOOPBACK and "SPACE_ID" not in os.environ
     plain = ["system-ui", "sans-serif"]  # gradio's own would be fetched from a server of fonts
@@ -257,7 +249,7 @@ def _chosen(plan: Plan | None) -> Plan:
 def _page(gr: Any, bench: Workbench, alone: bool) -> Any:
     """The page; ``alone`` where nobody but the user of this machine can reach it."""
     bar = gr.Progress(track_tqdm=True)
-    with gr.Blocks(title=f"Chain {bench.place}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(title=f"Chain {bench.location.place}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         built = gr.State(None)
         heading = gr.HTML("<h1>cbd_hub</h1>")
         opening = gr.HTML("", elem_id="opening", elem_classes="cbd-quiet")

@@ -76,7 +76,7 @@ class _Build:
 
     def load(self, name: str) -> PreTrainedModel:
         """Loads a finished anchor in float32."""
-        return load_model(str(self.output / "anchors" / name))
+        return load_model(Location(str(self.output / "anchors" / name)))
 
     # -- steps
 

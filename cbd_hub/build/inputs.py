@@ -19,6 +19,7 @@ from cbd_hub.build.recipe import Recipe, TrainTokenizer
 from cbd_hub.build.settings import BridgeConfig
 from cbd_hub.errors import RecipeError
 from cbd_hub.hub.load import load_config, load_model
+from cbd_hub.hub.read import Location
 from cbd_hub.initialization.fresh import fresh_config, fresh_model
 from cbd_hub.initialization.refit import REFIT_TOKENS
 from cbd_hub.manifest.manifest import Training
@@ -68,9 +69,9 @@ class BuildInputs:
         """
         wanted, source = self.recipe.tokenizer, self.recipe.source
         if wanted is None:  # a bare model can be cut without a tokenizer
-            return _load_tokenizer(self._model_place(), source.revision) if source.model else None
+            return _load_tokenizer(self._source()) if source.model else None
         if isinstance(wanted, str):
-            if (found := _load_tokenizer(self._local(wanted))) is None:
+            if (found := _load_tokenizer(self._location(wanted))) is None:
                 raise RecipeError(f"{wanted!r} holds no tokenizer; name a folder or a repo id with one")
             return found
         return train_tokenizer(chain.from_iterable(s.train for s in self.splits), wanted.vocab_size)
@@ -128,12 +129,12 @@ class BuildInputs:
         rows = max(1, REFIT_TOKENS // self.recipe.data.sequence_length)
         return torch.cat(list(islice(token_batches(self.text.train, 1), rows)))
 
-    def _local(self, place: str) -> str:
+    def _location(self, place: str, revision: str | None = None) -> Location:
         path = (self.base / Path(place).expanduser()).resolve()
-        return str(path) if path.exists() else place
+        return Location(str(path) if path.exists() else place, revision)
 
-    def _model_place(self) -> str:
-        return self._local(str(self.recipe.source.model))
+    def _source(self) -> Location:
+        return self._location(str(self.recipe.source.model), self.recipe.source.revision)
 
     def checkpoint(self, place: str, revision: str | None) -> PreTrainedModel:
         """Loads a model in float32 from a folder or the Hub.
@@ -141,7 +142,7 @@ class BuildInputs:
         Raises:
             RecipeError: It cannot be loaded whole and finite: see :func:`cbd_hub.hub.load.load_model`.
         """
-        return load_model(self._local(place), revision)
+        return load_model(self._location(place, revision))
 
     def checkpoint_config(self, place: str, revision: str | None) -> PreTrainedConfig:
         """Loads a model's config alone.
@@ -149,7 +150,7 @@ class BuildInputs:
         Raises:
             RecipeError: It cannot be loaded.
         """
-        return load_config(self._local(place), revision)
+        return load_config(self._location(place, revision))
 
     def bridge_inputs(self, bridge: BridgeConfig) -> BridgeInputs:
         """What anchor zero is founded on: the source and its tokenizer, and the chain's tokenizer and text.
@@ -164,7 +165,7 @@ class BuildInputs:
         def documents() -> Iterator[Mapping[str, str]]:
             return chain.from_iterable(s.train for s in self.splits)
 
-        own = None if source.model is None else _load_tokenizer(self._model_place(), source.revision)
+        own = None if source.model is None else _load_tokenizer(self._source())
         return BridgeInputs(
             tokenizer=tokenizer,
             train=text.train,
@@ -172,7 +173,7 @@ class BuildInputs:
             calibration=self.calibration(),
             documents=documents,
             source_name=str(source.model or source.served),
-            source=None if source.model is None else self.checkpoint(source.model, source.revision),
+            source=None if source.model is None else load_model(self._source()),
             source_tokenizer=own,
             source_revision=source.revision,
             document_boundaries=data.document_boundaries,
@@ -187,7 +188,7 @@ class BuildInputs:
         """
         source = self.recipe.source
         if source.model is not None:
-            return self.checkpoint(source.model, source.revision), None
+            return load_model(self._source()), None
         train = source.train
         if train is None or self.tokenizer is None or self.text is None:
             raise RecipeError("a source trained from scratch needs `source.train`, `tokenizer` and `data`")
@@ -205,13 +206,13 @@ class BuildInputs:
         return model.eval(), training
 
 
-def _load_tokenizer(place: str, revision: str | None = None) -> Tokenizer | None:
+def _load_tokenizer(location: Location) -> Tokenizer | None:
     """Loads a tokenizer; None where a model ships none (transformers may then make an empty one up)."""
-    folder = Path(place)
+    place, folder = location.place, Path(location.place)
     if folder.is_dir() and not any("token" in p.name or "vocab" in p.name for p in folder.iterdir()):
         return None
     try:
-        found: Tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+        found: Tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **location.options)
     except (OSError, ValueError) as error:
         raise RecipeError(f"the tokenizer of {place!r} cannot be loaded: {error}") from error
     return found if len(found) > len(found.all_special_ids) else None

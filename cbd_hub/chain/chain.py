@@ -95,10 +95,23 @@ class Chain:
             ChainNotFoundError: No such folder, repository, revision or manifest, or no access to it.
             ManifestError: The manifest is malformed, of a later format, or contradicts itself.
         """
-        place = str(chain)
-        if Path(place).expanduser().is_file():
-            raise ChainNotFoundError(f"{place} is a file; name the folder that holds {manifests.MANIFEST_NAME}")
-        location = Location(place, revision, "", token, cache_dir, local_files_only, force_download)
+        return cls.open(Location(str(chain), revision, "", token, cache_dir, local_files_only, force_download))
+
+    @classmethod
+    def open(cls, location: Location) -> "Chain":
+        """Reads the manifest of a chain; no weights.
+
+        Args:
+            location: Where the chain is.
+
+        Raises:
+            ChainNotFoundError: As :meth:`from_pretrained`.
+            ManifestError: As there.
+        """
+        if Path(location.place).expanduser().is_file():
+            raise ChainNotFoundError(
+                f"{location.place} is a file; name the folder that holds {manifests.MANIFEST_NAME}"
+            )
         path = location.file(manifests.MANIFEST_NAME)
         location.verify(path)
         return cls(location.pinned(path), manifests.read_manifest(path))
@@ -294,7 +307,7 @@ def from_chain(
         ManifestError: The manifest is malformed or contradicts itself or its anchors.
         IntegrityError: A file is not what the manifest says.
     """
-    opened = Chain.from_pretrained(chain, revision, token, cache_dir, local_files_only, force_download)
+    opened = Chain.open(Location(str(chain), revision, "", token, cache_dir, local_files_only, force_download))
     plan = opened.plan(num_parameters, shape=shape, alpha=alpha, method=method, tolerance=tolerance)
     for note in plan.notes:
         warnings.warn(note, stacklevel=2)

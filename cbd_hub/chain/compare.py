@@ -15,26 +15,26 @@ from cbd_hub.evaluation.held_out import bits_per_byte, evaluate_loss
 from cbd_hub.evaluation.metrics import rouge
 from cbd_hub.evaluation.summaries import evaluate_summaries, read_summaries
 from cbd_hub.evaluation.tasks import ITEMS, evaluate_tasks, read_items
+from cbd_hub.hub.read import Location
 from cbd_hub.manifest.manifest import MANIFEST_NAME
 from cbd_hub.text.documents import load_documents
 from cbd_hub.text.packing import pack, token_batches
 from cbd_hub.text.settings import DataConfig
 from cbd_hub.text.vocabulary import VocabularyReport, compare_vocabularies
 
-__all__ = ["compare_tokenizers", "evaluate_on_summaries", "evaluate_on_tasks", "evaluate_on_text"]
+__all__ = ["Models", "compare_tokenizers", "evaluate_on_summaries", "evaluate_on_tasks", "evaluate_on_text"]
+
+Models = str | Location | Sequence[str | Location]
+"""What is measured: chains and plain transformers models, each a folder, a repo id or a location."""
 
 
 def evaluate_on_text(
-    models: str | Sequence[str],
+    models: Models,
     text: Sequence[str | Path],
     *,
     sequence_length: int = 512,
     max_tokens: int | None = None,
     progress: bool = True,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | None = None,
-    local_files_only: bool = False,
 ) -> list[dict[str, Any]]:
     """Measures next-token loss and perplexity on text files.
 
@@ -42,15 +42,12 @@ def evaluate_on_text(
     each tokenizer comes to its end at another place of the text.
 
     Args:
-        models: Folders or repo ids of chains, each of which stands for its anchors, or of plain transformers models.
+        models: Folders or repo ids of chains, each of which stands for its anchors, or of plain transformers models;
+            or their locations, which hold a revision, a token and a cache.
         text: UTF-8 files; a chain built from text can be measured on any other text this way.
         sequence_length: Tokens a block.
         max_tokens: Stop after so many predicted tokens.
         progress: Show progress bars.
-        revision: Branch, tag or commit, of each that is on the Hub.
-        token: Hub token.
-        cache_dir: Another cache than ``HF_HOME``'s.
-        local_files_only: Use the cache alone.
 
     Returns:
         One row a model: name, num_parameters, loss (nats a token), perplexity, num_tokens, bits_per_byte, tokenizer
@@ -66,7 +63,7 @@ def evaluate_on_text(
         DataConfig(text_files=[str(Path(t).absolute()) for t in text], sequence_length=sequence_length)
     )
     rows = []
-    for opened in _open_all(models, progress, revision, token, cache_dir, local_files_only):
+    for opened in _open_all(models, progress):
         blocks = pack(documents, opened.tokenizer, sequence_length)
         digest = hashlib.sha256()
         for ids in token_batches(blocks, 64):
@@ -74,23 +71,19 @@ def evaluate_on_text(
         for name, loaded in opened.models:
             result = evaluate_loss(loaded, blocks, progress=progress, max_tokens=max_tokens)
             bits = bits_per_byte(result, blocks, opened.tokenizer)
-            told = {**result.as_dict(), "bits_per_byte": bits, "tokenizer": digest.hexdigest()[:12]}
-            rows.append({"name": name, "num_parameters": loaded.num_parameters(), **told, "of": opened.of})
+            losses = {**result.as_dict(), "bits_per_byte": bits, "tokenizer": digest.hexdigest()[:12]}
+            rows.append({"name": name, "num_parameters": loaded.num_parameters(), **losses, "of": opened.of})
     return rows
 
 
 def evaluate_on_tasks(
-    models: str | Sequence[str],
+    models: Models,
     tasks: Sequence[str],
     items: str | Path = ITEMS,
     *,
     limit: int | None = None,
     batch_size: int = 4,
     progress: bool = True,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | None = None,
-    local_files_only: bool = False,
 ) -> list[dict[str, Any]]:
     """Measures accuracy on tasks: see :func:`cbd_hub.evaluation.tasks.evaluate_tasks`.
 
@@ -101,10 +94,6 @@ def evaluate_on_tasks(
         limit: Only the first so many items of each task.
         batch_size: Prompts in a forward pass.
         progress: Show progress bars.
-        revision: Branch, tag or commit, of each that is on the Hub.
-        token: Hub token.
-        cache_dir: Another cache than ``HF_HOME``'s.
-        local_files_only: Use the cache alone.
 
     Returns:
         A row for each model, task and metric: name, num_parameters, task, metric, value, stderr, items, truncated, of.
@@ -116,7 +105,7 @@ def evaluate_on_tasks(
     """
     read_items(tasks, items)  # so that a slip costs no download
     rows = []
-    for opened in _open_all(models, progress, revision, token, cache_dir, local_files_only):
+    for opened in _open_all(models, progress):
         for name, loaded in opened.models:
             measured = evaluate_tasks(
                 loaded, opened.tokenizer, tasks, items, limit, batch_size=batch_size, progress=progress
@@ -127,7 +116,7 @@ def evaluate_on_tasks(
 
 
 def evaluate_on_summaries(
-    models: str | Sequence[str],
+    models: Models,
     file: str | Path,
     *,
     limit: int | None = None,
@@ -135,10 +124,6 @@ def evaluate_on_summaries(
     batch_size: int = 8,
     metric_scripts: str | Path | None = None,
     progress: bool = True,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | None = None,
-    local_files_only: bool = False,
 ) -> list[dict[str, Any]]:
     """Measures ROUGE of what models write behind prompts: see :func:`cbd_hub.evaluation.summaries.evaluate_summaries`.
 
@@ -150,10 +135,6 @@ def evaluate_on_summaries(
         batch_size: Prompts that are continued together.
         metric_scripts: Who computes ROUGE; see :func:`cbd_hub.evaluation.metrics.rouge`.
         progress: Show progress bars.
-        revision: Branch, tag or commit, of each that is on the Hub.
-        token: Hub token.
-        cache_dir: Another cache than ``HF_HOME``'s.
-        local_files_only: Use the cache alone.
 
     Returns:
         A row for each model and metric: name, num_parameters, task (the file's name), metric, value, stderr, items,
@@ -167,7 +148,7 @@ def evaluate_on_summaries(
     read_summaries(file)  # so that a slip costs no download
     rouge(["a"], ["a"], metric_scripts)
     rows = []
-    for opened in _open_all(models, progress, revision, token, cache_dir, local_files_only):
+    for opened in _open_all(models, progress):
         for name, loaded in opened.models:
             measured = evaluate_summaries(
                 loaded,
@@ -184,16 +165,13 @@ def evaluate_on_summaries(
     return rows
 
 
-def compare_tokenizers(
-    chain: str, source: str, text: Sequence[str | Path], *, token: str | bool | None = None
-) -> VocabularyReport:
+def compare_tokenizers(chain: str | Location, source: str | Location, text: Sequence[str | Path]) -> VocabularyReport:
     """Compares two tokenizers on text: see :func:`cbd_hub.text.vocabulary.compare_vocabularies`.
 
     Args:
-        chain: Folder or repo id of the chain's tokenizer.
+        chain: Folder, repo id or location of the chain's tokenizer.
         source: The same of the source's.
         text: UTF-8 files.
-        token: Hub token.
 
     Raises:
         RecipeError: No text, or a tokenizer that cannot spell every text.
@@ -202,13 +180,14 @@ def compare_tokenizers(
     if not text:
         raise RecipeError("give text to count on: --text FILE (UTF-8)")
     documents = load_documents(DataConfig(text_files=[str(Path(t).absolute()) for t in text]))
-    loaded = []
-    for place in (chain, source):
+    tokenizers = []
+    for location in (Location.of(chain), Location.of(source)):
         try:
-            loaded.append(AutoTokenizer.from_pretrained(place, trust_remote_code=False, token=token))
+            loaded = AutoTokenizer.from_pretrained(location.place, trust_remote_code=False, **location.options)
         except (OSError, ValueError) as error:
-            raise ChainNotFoundError(f"the tokenizer of {place!r} cannot be loaded: {error}") from error
-    return compare_vocabularies(loaded[0], loaded[1], [row["text"] for row in documents])
+            raise ChainNotFoundError(f"the tokenizer of {location.place!r} cannot be loaded: {error}") from error
+        tokenizers.append(loaded)
+    return compare_vocabularies(tokenizers[0], tokenizers[1], [row["text"] for row in documents])
 
 
 class _Opened(NamedTuple):
@@ -221,51 +200,42 @@ class _Opened(NamedTuple):
     """The model, or the anchors, by name; each is loaded when it is asked for."""
 
 
-def _open_all(
-    models: str | Sequence[str],
-    progress: bool,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | None,
-    local_files_only: bool,
-) -> list[_Opened]:
+def _open_all(models: Models, progress: bool) -> list[_Opened]:
     """Opens every argument, each once, before a weight of any is loaded."""
-    where: dict[str, Any] = {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-    }
-    names = [models] if isinstance(models, str) else list(dict.fromkeys(models))
-    if not names:
+    several = [models] if isinstance(models, str | Location) else models
+    locations = list(dict.fromkeys(Location.of(model) for model in several))
+    if not locations:
         raise RecipeError("name a model or chain to measure: a folder or a repo id")
-    return [_open(name, where, progress) for name in names]
+    return [_open(location, progress) for location in locations]
 
 
-def _open(model: str, where: dict[str, Any], progress: bool) -> _Opened:
-    if not (Path(model) / "config.json").is_file() or (Path(model) / MANIFEST_NAME).is_file():
+def _open(location: Location, progress: bool) -> _Opened:
+    folder = Path(location.place)
+    if not (folder / "config.json").is_file() or (folder / MANIFEST_NAME).is_file():
         try:
-            chain = Chain.from_pretrained(model, **where)
+            chain = Chain.open(location)
         except ChainNotFoundError:
-            if Path(model).exists():
+            if folder.exists():
                 raise
         else:
             plans = {anchor.name: chain.plan(shape=anchor.shape) for anchor in chain.anchors}
             anchors = ((name, chain.initialize(plan, progress=progress)) for name, plan in plans.items())
-            return _Opened(model, chain.tokenizer, anchors)
-    with _told(model):
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, **where)
-    return _Opened(model, tokenizer, _load(model, where))
+            return _Opened(location.place, chain.tokenizer, anchors)
+    with _clear_errors(location.place):
+        tokenizer = AutoTokenizer.from_pretrained(location.place, trust_remote_code=False, **location.options)
+    return _Opened(location.place, tokenizer, _load(location))
 
 
-def _load(model: str, where: dict[str, Any]) -> Iterator[tuple[str, PreTrainedModel]]:
-    with _told(model):
-        loaded = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, trust_remote_code=False, **where)
-    yield model, loaded
+def _load(location: Location) -> Iterator[tuple[str, PreTrainedModel]]:
+    with _clear_errors(location.place):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            location.place, use_safetensors=True, trust_remote_code=False, **location.options
+        )
+    yield location.place, loaded
 
 
 @contextmanager
-def _told(model: str) -> Iterator[None]:
+def _clear_errors(model: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:

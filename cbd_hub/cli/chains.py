@@ -21,6 +21,7 @@ from cbd_hub.cli.options import (
     Token,
     Tolerance,
     app,
+    locate,
     open_chain,
     print_json,
     read_shape,
@@ -101,7 +102,7 @@ def inspect(
 
     Example: cbd-hub inspect my-chain
     """
-    _show_chain(open_chain(chain, revision, token, cache_dir, local_files_only), as_json)
+    _show_chain(open_chain(locate(chain, revision, token, cache_dir, local_files_only)), as_json)
 
 
 def _show_chain(chain: "Chain", as_json: bool) -> None:
@@ -160,7 +161,7 @@ def plan(
 
     Example: cbd-hub plan my-chain --num-parameters 138M
     """
-    made = open_chain(chain, revision, token, cache_dir, local_files_only).plan(
+    made = open_chain(locate(chain, revision, token, cache_dir, local_files_only)).plan(
         num_parameters,
         shape=read_shape(shape),
         alpha="auto" if alpha is None else alpha,
@@ -203,7 +204,7 @@ def from_chain_command(
     from cbd_hub.chain.export import write_model
     from cbd_hub.hub.publish import publish_folder
 
-    opened = open_chain(chain, revision, token, cache_dir, local_files_only)
+    opened = open_chain(locate(chain, revision, token, cache_dir, local_files_only))
     made = opened.plan(
         num_parameters,
         shape=read_shape(shape),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from cbd_hub.cli.options import CacheDir, ChainArgument, Json, LocalOnly, Revision, Token, app, print_json
+from cbd_hub.cli.options import CacheDir, ChainArgument, Json, LocalOnly, Revision, Token, app, locate, print_json
 
 __all__ = ["app_command", "env", "eval_command", "recover", "vocabulary"]
 
@@ -31,7 +31,8 @@ def vocabulary(
     """
     from cbd_hub.chain.compare import compare_tokenizers
 
-    report = compare_tokenizers(chain_tokenizer, source_tokenizer, text, token=token)
+    chain, source = (locate(place, None, token, None, False) for place in (chain_tokenizer, source_tokenizer))
+    report = compare_tokenizers(chain, source, text)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -82,26 +83,21 @@ def eval_command(
 
     if sum(bool(given) for given in (text, tasks is not None, summaries)) > 1:
         raise typer.BadParameter("give --text, --tasks or --summaries, not both or all")
-    where: dict[str, Any] = {
-        "progress": not as_json,
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-    }
+    locations = [locate(model, revision, token, cache_dir, local_files_only) for model in models]
+    progress = not as_json
     if plot:
         eval_plots.check_plot(plot)
     for model in models if update_card else []:
         card_results.open_card(model)
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-        rows = compare.evaluate_on_tasks(models, names, items, limit=limit, **where)
+        rows = compare.evaluate_on_tasks(locations, names, items, limit=limit, progress=progress)
     elif summaries is not None:
         writing: dict[str, Any] = {"limit": limit, "max_new_tokens": max_new_tokens, "metric_scripts": metric_scripts}
-        rows = compare.evaluate_on_summaries(models, summaries, **writing, **where)
+        rows = compare.evaluate_on_summaries(locations, summaries, **writing, progress=progress)
     else:
         blocks: dict[str, Any] = {"sequence_length": sequence_length, "max_tokens": max_tokens}
-        rows = compare.evaluate_on_text(models, text or [], **blocks, **where)
+        rows = compare.evaluate_on_text(locations, text or [], **blocks, progress=progress)
     if as_json:
         print_json(rows)
     else:
@@ -226,11 +222,7 @@ def app_command(
     from cbd_hub.app.page import launch
 
     launch(
-        chain,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
+        locate(chain, revision, token, cache_dir, local_files_only),
         port=port,
         share=share,
         browser=not no_browser,

@@ -9,8 +9,9 @@ import typer
 
 if TYPE_CHECKING:
     from cbd_hub.chain.chain import Chain
+    from cbd_hub.hub.read import Location
 
-__all__ = ["app", "open_chain", "print_json", "read_shape"]
+__all__ = ["app", "locate", "open_chain", "print_json", "read_shape"]
 
 app = typer.Typer(
     name="cbd-hub",
@@ -56,11 +57,20 @@ Method = Annotated[str, typer.Option(help="auto, interpolate, paper, expand or p
 Tolerance = Annotated[float, typer.Option(help="Largest relative error of the parameter count.")]
 
 
-def open_chain(chain: str, revision: str | None, token: str | None, cache_dir: str | None, local: bool) -> "Chain":
+def locate(
+    place: str, revision: str | None, token: str | None, cache_dir: str | None, local_files_only: bool
+) -> "Location":
+    """Returns where a chain or model is, as the options of the command line say."""
+    from cbd_hub.hub.read import Location
+
+    return Location(place, revision, "", token, cache_dir, local_files_only)
+
+
+def open_chain(location: "Location") -> "Chain":
     """Reads a chain's manifest."""
     from cbd_hub.chain.chain import Chain
 
-    return Chain.from_pretrained(chain, revision, token, cache_dir, local)
+    return Chain.open(location)
 
 
 def print_json(document: Any) -> None:

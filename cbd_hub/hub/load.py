@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cbd_hub.errors import RecipeError
+from cbd_hub.hub.read import Location
 
 __all__ = ["load_config", "load_model"]
 
@@ -20,22 +21,21 @@ _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 _NAMED = 3  # tensors that an error lists
 
 
-def load_config(place: str, revision: str | None = None) -> PreTrainedConfig:
+def load_config(location: Location) -> PreTrainedConfig:
     """Loads the config of a model, and refuses what no chain can be made from.
 
     Args:
-        place: A folder or a Hub repo id.
-        revision: Branch, tag or commit.
+        location: A folder or a repository.
 
     Raises:
         RecipeError: It cannot be read, belongs to an adapter or a quantized model, or names a special token outside
             the vocabulary.
     """
-    folder = Path(place)
+    place, folder = location.place, Path(location.place)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise RecipeError(f"{place!r} is an adapter, not a model: merge it into its base model first and save that")
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False, **location.options)
     except (OSError, ValueError) as error:
         raise RecipeError(f"the config of {place!r} cannot be loaded: {_one_line(error)}") from error
     if getattr(config, "quantization_config", None):
@@ -52,12 +52,11 @@ def load_config(place: str, revision: str | None = None) -> PreTrainedConfig:
     return config
 
 
-def load_model(place: str, revision: str | None = None) -> PreTrainedModel:
+def load_model(location: Location) -> PreTrainedModel:
     """Loads a causal language model in float32 and eval mode, every parameter from its safetensors files.
 
     Args:
-        place: A folder or a Hub repo id.
-        revision: Branch, tag or commit.
+        location: A folder or a repository.
 
     Cost: beside the load itself, one pass over the weights.
 
@@ -65,7 +64,7 @@ def load_model(place: str, revision: str | None = None) -> PreTrainedModel:
         RecipeError: As :func:`load_config`; a file that is damaged or only a pointer to one; weights that are missing,
             left over, of another shape or not finite; a stored head that differs from the embedding it is tied to.
     """
-    config = load_config(place, revision)
+    place, config = location.place, load_config(location)
     for path in sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []:
         with path.open("rb") as file:
             if file.read(len(_LFS)) == _LFS:
@@ -76,11 +75,11 @@ def load_model(place: str, revision: str | None = None) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             config=config,
-            revision=revision,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **location.options,
         )
     except SafetensorError as error:
         raise RecipeError(

@@ -170,6 +170,23 @@ class Location:
     pinned_elsewhere: bool = False
     """Named by a manifest, not by the user: a repository, whatever folder of that name there may be."""
 
+    @classmethod
+    def of(cls, place: "str | Path | Location") -> "Location":
+        """Returns a location as it is, or that of a path or repository id with default settings."""
+        return place if isinstance(place, Location) else cls(str(place))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of ``hf_hub_download`` and transformers' ``from_pretrained``, beside :attr:`place`."""
+        return {
+            "revision": self.revision,
+            "subfolder": self.subfolder,
+            "token": self.token,
+            "cache_dir": self.cache_dir,
+            "local_files_only": self.local_files_only,
+            "force_download": self.force_download,
+        }
+
     @property
     def is_local(self) -> bool:
         """Whether this is a folder on disk."""
@@ -196,18 +213,7 @@ class Location:
         if self.place.startswith((".", "/", "~")) or self.place.count("/") > 1:
             raise ChainNotFoundError(f"there is no folder {self.place!r}")
         with clear_errors(self.place, filename, self.revision):
-            return Path(
-                hf_hub_download(
-                    self.place,
-                    filename,
-                    revision=self.revision,
-                    token=self.token,
-                    cache_dir=self.cache_dir,
-                    local_files_only=self.local_files_only,
-                    force_download=self.force_download,
-                    **LIBRARY,
-                )
-            )
+            return Path(hf_hub_download(self.place, name, **self.options, **LIBRARY))
 
     def cached(self, name: str) -> Path | None:
         """Returns the local path of a file that is there already, whole; None where it would have to be fetched."""

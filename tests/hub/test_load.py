@@ -13,6 +13,7 @@ from tiny_models import FAMILIES, tiny_config, tiny_model
 import cbd_hub
 from cbd_hub.errors import RecipeError
 from cbd_hub.hub.load import load_config, load_model
+from cbd_hub.hub.read import Location
 
 Weights = dict[str, torch.Tensor]
 
@@ -38,7 +39,7 @@ def edit_config(folder: Path, **values: object) -> None:
 def test_a_good_model_comes_whole(family: str, tmp_path: Path) -> None:
     model = tiny_model(tiny_config(family))
     model.save_pretrained(tmp_path)
-    loaded = load_model(str(tmp_path)).state_dict()
+    loaded = load_model(Location(str(tmp_path))).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in model.float().state_dict().items())
 
 
@@ -47,7 +48,7 @@ def test_a_wrapper_prefix_is_refused(prefix: str, tmp_path: Path) -> None:
     save(tmp_path)
     change(tmp_path, lambda w: {prefix + name: value for name, value in w.items()})
     with pytest.raises(RecipeError, match=r"lacks .* it has others instead, such as " + prefix):
-        load_model(str(tmp_path))
+        load_model(Location(str(tmp_path)))
 
 
 @pytest.mark.parametrize("lost", ["model.layers.1.", "model.norm.", "model.embed_tokens."])
@@ -55,14 +56,14 @@ def test_missing_weights_are_refused_by_name(lost: str, tmp_path: Path) -> None:
     save(tmp_path)
     change(tmp_path, lambda w: {name: value for name, value in w.items() if not name.startswith(lost)})
     with pytest.raises(RecipeError, match=f"lacks .*{lost.rstrip('.')}"):
-        load_model(str(tmp_path))
+        load_model(Location(str(tmp_path)))
 
 
 def test_left_over_weights_are_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path)
     change(tmp_path, lambda w: {**w, "model.layers.0.mlp.experts.weight": torch.zeros(2)})
     with pytest.raises(RecipeError, match=r"the model does not, model\.layers\.0\.mlp\.experts\.weight"):
-        load_model(str(tmp_path))
+        load_model(Location(str(tmp_path)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -71,17 +72,17 @@ def test_values_that_are_not_finite_are_refused_by_name(value: float, tmp_path: 
     name = "model.layers.1.self_attn.q_proj.weight"
     change(tmp_path, lambda w: w[name].view(-1).__setitem__(3, value))
     with pytest.raises(RecipeError, match=rf"{name} of .* not finite"):
-        load_model(str(tmp_path))
+        load_model(Location(str(tmp_path)))
 
 
 def test_a_tied_flag_beside_another_head_is_refused(tmp_path: Path) -> None:
     save(tmp_path, tie_word_embeddings=True)
     embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     change(tmp_path, lambda w: {**w, "lm_head.weight": embedding})
-    load_model(str(tmp_path))  # a copy of the embedding is no contradiction
+    load_model(Location(str(tmp_path)))  # a copy of the embedding is no contradiction
     change(tmp_path, lambda w: {**w, "lm_head.weight": embedding + 1})
     with pytest.raises(RecipeError, match=r"ties lm_head\.weight to the embedding, and its files hold another head"):
-        load_model(str(tmp_path))
+        load_model(Location(str(tmp_path)))
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
@@ -95,11 +96,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     ):
         path.write_bytes(data)
         with pytest.raises(RecipeError, match=said):
-            load_model(str(tmp_path))
+            load_model(Location(str(tmp_path)))
     path.unlink()
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(RecipeError, match="cannot be loaded"):
-        load_model(str(tmp_path))
+        load_model(Location(str(tmp_path)))
 
 
 @pytest.mark.parametrize("field", ["intermediate_size", "num_key_value_heads", "vocab_size"])
@@ -108,7 +109,7 @@ def test_a_config_of_another_shape_is_refused(field: str, tmp_path: Path) -> Non
     values = json.loads((tmp_path / "config.json").read_text())
     edit_config(tmp_path, **{field: values[field] * 2})
     with pytest.raises(RecipeError, match="shape"):
-        load_model(str(tmp_path))
+        load_model(Location(str(tmp_path)))
 
 
 def test_configs_that_no_chain_is_made_from_are_refused(tmp_path: Path) -> None:
@@ -118,15 +119,15 @@ def test_configs_that_no_chain_is_made_from_are_refused(tmp_path: Path) -> None:
         before = json.loads((model / "config.json").read_text())
         edit_config(model, **{name: value})
         with pytest.raises(RecipeError, match=rf"{name} .* outside its vocabulary of {size}"):
-            load_config(str(model))
+            load_config(Location(str(model)))
         (model / "config.json").write_text(json.dumps(before))
     edit_config(model, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(RecipeError, match="quantized"):
-        load_model(str(model))
+        load_model(Location(str(model)))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(RecipeError, match="is an adapter"):
-        load_model(str(tmp_path / "adapter"))
+        load_model(Location(str(tmp_path / "adapter")))
 
 
 def test_building_has_no_other_door() -> None:
