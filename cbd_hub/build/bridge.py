@@ -57,7 +57,7 @@ __all__ = ["BridgeInputs", "build_anchor_zero", "choose"]
 SHARED_ENOUGH = 0.3
 """Share of the corpus's tokens that the source must know too, for ``auto`` to compare predictions."""
 
-_SAMPLE = 2_000_000  # characters of training text that vocabularies are compared and transplanted on
+_SAMPLE = 2_000_000  # characters of training text that vocabularies are compared on
 _RATIOS = {"q_per_kv": "num_attention_heads / num_key_value_heads"}  # axes without a config field
 _OF_A_CHECKPOINT = ("architectures", "dtype", "torch_dtype", "model_type", "transformers_version", "_name_or_path")
 
@@ -253,11 +253,8 @@ def _start(
         on.source,
         on.source_tokenizer,
         on.tokenizer,
-        on.sample,
         rows=wanted.get_text_config().vocab_size,
         method=config.embeddings,
-        k=config.k,
-        progress=progress,
     )
     try:
         full = _carried(moved, wanted, on.calibration)

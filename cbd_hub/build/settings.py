@@ -19,6 +19,12 @@ def _as_mapping(value: Any) -> Any:
     return {"use": value} if isinstance(value, str | list) else value
 
 
+def _without_omp(value: Any) -> Any:
+    if value == "omp":
+        raise ValueError("embeddings: omp was measured worse than the mean of pieces and is gone; write pieces")
+    return value
+
+
 class BridgeConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """How anchor zero is made where the source is of another architecture or vocabulary."""
 
@@ -34,12 +40,11 @@ class BridgeConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     part."""
     uld: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight of the distance between sorted probabilities of tokens that only one vocabulary has."""
-    embeddings: Method = "pieces"
-    """How a token that the source lacks gets a row: the mean of the source's tokens that spell it, or a sparse
-    combination of shared tokens by orthogonal matching pursuit
+    embeddings: Annotated[Method, BeforeValidator(_without_omp)] = "pieces"
+    """How a token that the source lacks gets a row: the mean of the source's tokens that spell it, or at random
     (:func:`cbd_hub.initialization.transplant.transplant_vocabulary`)."""
     k: int = Field(default=8, ge=1)
-    """Shared tokens in such a combination, at most."""
+    """Without effect: it belonged to ``embeddings: omp``, and recipes that name it still load."""
     generation: GenerationConfig = GenerationConfig(documents=1000)
     """What the source writes, for ``seqkd``."""
     generated_share: float = Field(default=1.0, gt=0, le=1)

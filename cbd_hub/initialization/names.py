@@ -4,5 +4,5 @@ from typing import Literal
 
 __all__ = ["Method"]
 
-Method = Literal["omp", "pieces", "random"]
-"""How rows are made that cannot be copied: sparse combinations, means of pieces, or at random."""
+Method = Literal["pieces", "random"]
+"""How rows that cannot be copied are made: means of pieces, or at random."""

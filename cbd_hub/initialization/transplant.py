@@ -3,9 +3,8 @@
 Three steps lead from a trained model to the first anchor of a chain of another make:
 
 1. :func:`transplant_vocabulary` gives the source the rows of a new tokenizer. A token that both vocabularies spell
-   with the same bytes keeps its row. Any other is made from known rows: the mean of those of the source tokens that
-   spell it (its *pieces*), or a sparse combination of shared tokens that stand in the same contexts
-   (:mod:`cbd_hub.initialization.matching_pursuit`).
+   with the same bytes keeps its row. Any other gets the mean of the rows of the source tokens that spell it (its
+   *pieces*).
 2. :func:`cbd_hub.initialization.copy_blocks.copy_blocks` moves the blocks into another family, where its blocks
    compute the same.
 3. :func:`embeddings_into` is for families and widths where they do not: the blocks are fresh, but the embedding is
@@ -15,7 +14,7 @@ Three steps lead from a trained model to the first anchor of a chain of another 
 import copy
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -25,7 +24,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.initialization.matching_pursuit import context_features, matching_pursuit
 from cbd_hub.initialization.names import Method
 from cbd_hub.text.vocabulary import Vocabulary
 
@@ -41,12 +39,10 @@ _SPREAD = 0.1  # of the rows, that of one drawn where nothing is known
 
 @dataclass(frozen=True)
 class TransplantReport:
-    """Where the rows of a transplanted embedding come from. The four numbers add up to the new vocabulary."""
+    """Where the rows of a transplanted embedding come from. The three numbers add up to the new vocabulary."""
 
     copied: int
     """Tokens of both vocabularies: the same bytes, the same special token, or the same role."""
-    solved: int
-    """Sparse combinations of shared tokens."""
     pieces: int
     """Means of the source tokens that spell the new one."""
     random: int
@@ -64,25 +60,17 @@ def transplant_vocabulary(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     new_tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str] = (),
     *,
     rows: int | None = None,
     method: Method = "pieces",
-    donor_embeddings: Tensor | None = None,
-    k: int = 8,
-    atoms: int = 4000,
-    least_count: int = 5,
     seed: int = 0,
-    progress: bool = True,
 ) -> tuple[PreTrainedModel, TransplantReport]:
     """Copies a model for another tokenizer: the same blocks, and an embedding (and head) with its rows.
 
-    Tokens of both vocabularies keep their rows. With "omp", a token that the texts hold often enough becomes a sparse
-    combination of shared tokens, as long as the mean of its pieces; with "omp" and "pieces", any other becomes the
-    mean of the source tokens that spell it, moved two fifths of the way to the mean of all rows, because in a head a
-    row of a made-up token otherwise claims too much probability. What is left is drawn near the mean of all rows, and
-    with "random" all of them with the spread of the source's rows. The head of an untied model and its bias are
-    made alike.
+    Tokens of both vocabularies keep their rows. With "pieces", any other becomes the mean of the source tokens that
+    spell it, moved two fifths of the way to the mean of all rows, because in a head a row of a made-up token otherwise
+    claims too much probability. What is left is drawn near the mean of all rows, and with "random" all of them with
+    the spread of the source's rows. The head of an untied model and its bias are made alike.
 
     The model has a row for each id of the new tokenizer, so the padding of a source's vocabulary is not kept, and no
     row is made from it; padding of its own (`rows`) is drawn. Its config takes over the new tokenizer's special
@@ -90,35 +78,24 @@ def transplant_vocabulary(
 
     Measured on SmolLM2-135M (hidden 576), bits per byte of a speech and a novel, 3000 characters each: 0.90 and 1.37
     with its own tokenizer; with GPT-2's (36,961 of 50,257 tokens shared) 0.99 and 1.60 by "pieces", 1.97 and 3.33 by
-    "random"; with one of 8000 tokens trained on speeches (7037 shared) 1.27 and 2.00, against 1.70 and 2.73. Sparse
-    combinations from 2.3 million tokens of text gave 1.05 and 1.69 for GPT-2's, unshrunk, where pieces unshrunk gave
-    1.02 and 1.66: hence the default. Scaled to a typical row's length they gave 2.23 and 3.25.
+    "random"; with one of 8000 tokens trained on speeches (7037 shared) 1.27 and 2.00, against 1.70 and 2.73.
 
-    Cost: 9 s and 1.2 GB above the source for "pieces", 49,152 to 50,257 rows, on a shared core. The features for "omp"
-    take 40 s more for 2.3 million tokens; 2346 combinations of 8 out of 4000 take 3 s.
+    Cost: 9 s and 1.2 GB above the source for 49,152 to 50,257 rows, on a shared core.
 
     Args:
         model: The source; left as it was.
         tokenizer: The source's.
         new_tokenizer: Byte-level BPE or SentencePiece with byte fallback, as the source's.
-        texts: What the features for "omp" are counted on; not read for the other methods.
         rows: V_new, rows of the new embedding, where it is to be padded; None is a row a token.
-        method: "omp", "pieces" or "random", see above.
-        donor_embeddings: (V_new, D), for "omp": embeddings of a model that the new tokenizer comes with. They are the
-            features then, and no texts are needed.
-        k: Shared tokens in a combination, at most.
-        atoms: Shared tokens that combinations are chosen from, the most frequent ones; all of them for a donor.
-        least_count: How often the texts must hold a token for its features to count.
-        seed: Decides the features and what is drawn at random.
-        progress: Show progress bars.
+        method: "pieces" or "random", see above.
+        seed: Decides what is drawn at random.
 
     Returns:
         the new model, in the source's dtype and on its device, and where its rows come from.
 
     Raises:
         RecipeError: The vocabularies share no token, there is no such method, `rows` are fewer than the new
-            tokenizer's tokens, or `donor_embeddings` has another number of rows; also where a tokenizer cannot spell
-            every text, and where the texts hold too little for "omp".
+            tokenizer's tokens, or a tokenizer cannot spell every text.
     """
     begin = time.monotonic()
     if method not in get_args(Method):
@@ -127,10 +104,6 @@ def transplant_vocabulary(
     size = len(new_bytes) if rows is None else rows
     if size < len(new_bytes):
         raise RecipeError(f"rows is {size}, and the new tokenizer has {len(new_bytes)} tokens; give at least as many.")
-    if donor_embeddings is not None and len(donor_embeddings) != size:
-        raise RecipeError(
-            f"donor_embeddings has {len(donor_embeddings)} rows and the new embedding {size}; pass a row each."
-        )
     shared = _shared_tokens(tokenizer, new_tokenizer, old, new_bytes)
     if not (shared >= 0).any():
         raise RecipeError(
@@ -145,24 +118,13 @@ def transplant_vocabulary(
     if method != "random":
         longest = max(map(len, old.ids), default=0)
         spelled = [_spell(new_bytes[token] or b"", old.ids, longest) for token in missing.tolist()]
-    solution = None
-    if method == "omp" and len(missing):
-        features, counts = _features(texts, new_tokenizer, size, donor_embeddings, seed)
-        known = (shared >= 0).nonzero()[:, 0]
-        known = known[(counts[known] >= least_count) & (features[known] != 0).any(1)]
-        if donor_embeddings is None:
-            known = known[counts[known].argsort(descending=True, stable=True)[:atoms]]
-        solved = ((counts[missing] >= least_count) & torch.tensor([bool(p) for p in spelled])).nonzero()[:, 0]
-        if len(known) and len(solved):
-            taken, weights = matching_pursuit(features[missing[solved]], features[known], k, progress=progress)
-            solution = _Solution(solved, shared[known][taken], weights)
 
     def rows_of(table: Tensor) -> Tensor:
         """New rows (V_new, ...) from the source's (V_old, ...), in its dtype."""
         wide = table.detach()[: len(old)].float().reshape(-1, math.prod(table.shape[1:])).cpu()
         made = torch.empty(size, wide.shape[1])
         made[shared >= 0] = wide[shared[shared >= 0]]
-        made[missing] = _make_rows(wide, spelled, solution, seed, 1.0 if method == "random" else _SPREAD)
+        made[missing] = _make_rows(wide, spelled, seed, 1.0 if method == "random" else _SPREAD)
         return made.reshape(size, *table.shape[1:]).to(table)
 
     new = copy.deepcopy(model)
@@ -177,9 +139,8 @@ def transplant_vocabulary(
     if getattr(head, "bias", None) is not None:
         new_head.bias.copy_(rows_of(head.bias))
     _take_over_special_tokens(new, new_tokenizer)
-    by_pieces = sum(map(bool, spelled)) - (0 if solution is None else len(solution.rows))
-    counts_of = (size - len(missing), 0 if solution is None else len(solution.rows), by_pieces)
-    return new, TransplantReport(*counts_of, size - sum(counts_of), time.monotonic() - begin)
+    copied, pieces = size - len(missing), sum(map(bool, spelled))
+    return new, TransplantReport(copied, pieces, size - copied - pieces, time.monotonic() - begin)
 
 
 @torch.no_grad()
@@ -235,17 +196,8 @@ def _put(weight: Tensor, rows: Tensor, scale: float) -> None:
     weight[:, : rows.shape[1]] = (rows * (scale / rows.std())).to(weight)
 
 
-@dataclass(frozen=True)
-class _Solution:
-    """Sparse combinations for some of the missing tokens."""
-
-    rows: Tensor  # (n,) places among the missing tokens
-    tokens: Tensor  # (n, k) source tokens
-    weights: Tensor  # (n, k)
-
-
-def _make_rows(old: Tensor, spelled: list[list[int]], solution: _Solution | None, seed: int, spread: float) -> Tensor:
-    """Rows (M, D) for the missing tokens from the source's (V_old, D): pieces, combinations, or drawn at random."""
+def _make_rows(old: Tensor, spelled: list[list[int]], seed: int, spread: float) -> Tensor:
+    """Rows (M, D) for the missing tokens from the source's (V_old, D): means of pieces, or drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     rows = old.mean(0) + spread * old.std(0) * torch.randn(len(spelled), old.shape[1], generator=generator)
     if not any(spelled):
@@ -255,21 +207,7 @@ def _make_rows(old: Tensor, spelled: list[list[int]], solution: _Solution | None
     offsets = lengths.cumsum(0) - lengths
     means = F.embedding_bag(flat, old, offsets, mode="mean")
     rows[lengths > 0] = torch.lerp(old.mean(0), means, _KEPT)[lengths > 0]
-    if solution is not None:
-        for place, tokens, weights in zip(*(t.split(4096) for t in vars(solution).values()), strict=True):
-            combined = torch.einsum("nk,nkd->nd", weights.to(old), old[tokens])
-            rows[place] = F.normalize(combined, dim=1) * rows[place].norm(dim=1, keepdim=True)
     return rows
-
-
-def _features(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int, donor: Tensor | None, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Features (V_new, D) of length 1 and counts (V_new,) of the new tokens, from a donor or from texts."""
-    if donor is not None:
-        return F.normalize(donor.detach().float().cpu(), dim=1), torch.full((size,), torch.iinfo(torch.int64).max)
-    encoded = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
-    return context_features((torch.tensor(ids, dtype=torch.int64) for ids in encoded), size, seed=seed)
 
 
 def _take_over_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

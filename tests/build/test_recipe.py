@@ -167,6 +167,20 @@ def test_refuses_what_it_cannot_read(tmp_path: Path) -> None:
         load_recipe(tmp_path / "latin.yaml")
 
 
+def test_embeddings_by_matching_pursuit_are_refused_and_name_the_successor() -> None:
+    bridged = {
+        "name": "a",
+        "source": {"model": "a/b"},
+        "tokenizer": "c/d",
+        "anchors": [0.5],
+        "data": trained()["data"],
+    }
+    with pytest.raises(RecipeError, match=r"embeddings: omp was measured worse .* write pieces"):
+        load_recipe({**bridged, "bridge": {"embeddings": "omp"}})
+    recipe = load_recipe({**bridged, "bridge": {"embeddings": "pieces", "k": 4}})[0]  # k still loads
+    assert recipe.bridge is not None and recipe.bridge.embeddings == "pieces"
+
+
 def test_merge_keys_of_yaml_are_no_duplicates(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
