@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cbd_hub.evaluation import held_out as evaluation
+from cbd_hub.evaluation import plots
 
 __all__ = ["write"]
 
@@ -17,7 +17,7 @@ EXPANSIONS = ("expand, zero padding", "expand, duplication")
 NOT_RIVALS = ("alpha", "anchor", "independent anchor", "below", "control")
 QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of t, 97.5 %, 1 to 10 degrees
 NEAR = 0.01  # nats; what a flat optimum may cost
-COLORS = (*evaluation.COLORS, "#888888", "#7A4EAB")
+COLORS = (*plots.COLORS, "#888888", "#7A4EAB")
 PAPER_SPEED_UP = 80.26
 
 

@@ -27,7 +27,8 @@ from cbd_hub import Chain
 from cbd_hub.axes.sizing import solve
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import load_recipe
-from cbd_hub.evaluation.held_out import evaluate_loss, plot_size_loss
+from cbd_hub.evaluation.held_out import evaluate_loss
+from cbd_hub.evaluation.plots import plot_size_loss
 from cbd_hub.initialization.refit import REFIT_TOKENS, refit
 from cbd_hub.interpolation.materialize import blend_models, cut
 from cbd_hub.interpolation.operations import list_operations

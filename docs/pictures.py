@@ -16,7 +16,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from cbd_hub.axes.architectures import AXIS_MAPS
 from cbd_hub.axes.sizing import format_count, parse_count
-from cbd_hub.evaluation.held_out import COLORS
+from cbd_hub.evaluation.plots import COLORS
 
 DOCS = Path(__file__).resolve().parent
 BLUE, RED, GREEN, PINK, ORANGE, SKY = COLORS

@@ -16,7 +16,8 @@ from cbd_hub import Chain, build_chain
 from cbd_hub.axes.sizing import format_count
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import load_recipe
-from cbd_hub.evaluation.held_out import evaluate_loss, plot_size_loss
+from cbd_hub.evaluation.held_out import evaluate_loss
+from cbd_hub.evaluation.plots import plot_size_loss
 
 HERE = Path(__file__).parent
 

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cbd_hub"
 ROOMS = [
     "errors",
     "files",
+    "progress",
     "axes",
     "text",
     "manifest",
@@ -38,6 +39,7 @@ NO_TORCH = (
     "axes",
     "files",
     "manifest",
+    "progress",
     "hub.read",
     "hub.write",
     "hub.chain_files",
@@ -49,10 +51,15 @@ HEAVY = {"torch", "transformers"}
 NETWORK = {"requests", "httpx", "httpx2", "urllib3", "aiohttp", "socket", "urllib.request", "http.client"}
 HUB_MODULES = ("hub.read", "hub.write")
 # What of huggingface_hub other modules may use, none of which talks to the Hub: the progress bar, which
-# obeys HF_HUB_DISABLE_PROGRESS_BARS, anywhere, and the data classes of model cards where cards are made and sent.
-HUB_NAMES_ANYWHERE = {"tqdm", "StrictDataclassError"}
+# obeys HF_HUB_DISABLE_PROGRESS_BARS, in one module, and the data classes of model cards where cards are made and sent.
+HUB_NAMES_ANYWHERE = {"StrictDataclassError"}
 _CARD_NAMES = {"EvalResult", "ModelCard", "ModelCardData"}
-HUB_NAMES = {"hub.cards": _CARD_NAMES, "hub.card_results": _CARD_NAMES, "hub.publish": _CARD_NAMES}
+HUB_NAMES = {
+    "progress": {"tqdm", "are_progress_bars_disabled"},
+    "hub.cards": _CARD_NAMES,
+    "hub.card_results": _CARD_NAMES,
+    "hub.publish": _CARD_NAMES,
+}
 
 
 def dotted(path: Path) -> str:

@@ -25,8 +25,9 @@ from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.grammar import Layout, product
 from cbd_hub.axes.sizing import Sizes
 from cbd_hub.errors import AxisMapError, RecipeError, SizeError
-from cbd_hub.evaluation.held_out import evaluate_loss, render_progress
+from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.manifest.index_maps import IndexMap
+from cbd_hub.progress import progress_bar
 from cbd_hub.text.packing import token_batches
 
 __all__ = ["Statistics", "bypass_layers", "collect", "from_weights", "observe", "rank", "token_energy"]
@@ -342,17 +343,17 @@ def _order_layers(
     if blocks is not None:
 
         def measure(sets: Sequence[tuple[int, ...]], what: str) -> None:
-            for dropped in render_progress(sets, what, enabled=progress):
+            for dropped in progress_bar(sets, what, unit="set", enabled=progress):
                 with bypass_layers(model, axis_map, dropped):
                     losses[dropped] = evaluate_loss(model, blocks, max_tokens=CALIBRATION_TOKENS).loss
 
-        measure([(i,) for i in _lowest(middle, turn, turn, MAX_SINGLE_DROPS)], "Layers one by one")
+        measure([(i,) for i in _lowest(middle, turn, turn, MAX_SINGLE_DROPS)], "layers one by one")
         cost = np.array([losses.get((i,), np.inf) for i in range(num_layers)])
         spans = [tuple(middle[i : i + count]) for i in range(len(middle) - count + 1)]
         spans.sort(key=lambda span: (turn[list(span)].sum(), span))
         candidates = list(dict.fromkeys([_lowest(middle, cost, turn, count), *candidates, *spans]))
         new = [dropped for dropped in candidates if dropped not in losses]
-        measure(new[: MAX_EVALUATIONS - len(losses)], "Sets of layers")
+        measure(new[: MAX_EVALUATIONS - len(losses)], "sets of layers")
     best = min(candidates, key=lambda dropped: losses.get(dropped, np.inf))
     back = sorted(best, key=lambda i: (-cost[i], -turn[i], i))
     return np.array([i for i in range(num_layers) if i not in best] + back, dtype=np.int64)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from cbd_hub.alignment.importance import observe
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.grammar import product
-from cbd_hub.evaluation.held_out import render_progress
+from cbd_hub.progress import progress_bar
 from cbd_hub.text.packing import token_batches
 
 __all__ = ["Moments", "Place", "layer_similarity", "match_layers", "observe_pairs"]
@@ -161,7 +161,9 @@ def observe_pairs(
             moments[pattern, j] = Moments((heads[0], heads[1]), center=is_gain and axis_map.norm == "layer")
     batch_size = max(1, BATCH_TOKENS // max(1, blocks.shape[-1]))
     total = -(-len(blocks) // batch_size)
-    for batch in render_progress(token_batches(blocks, batch_size), "Comparing", total=total, enabled=progress):
+    for batch in progress_bar(
+        token_batches(blocks, batch_size), "comparing", total=total, unit="batch", enabled=progress
+    ):
         seen = [
             _inputs(model, batch, [pair[i] for pair in modules.values()]) for i, model in enumerate((small, large))
         ]

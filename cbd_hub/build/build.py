@@ -8,9 +8,8 @@ killed goes on behind its last record and ends with the same chain. ``chain.json
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from cbd_hub.interpolation.materialize import parse_dtype
 from cbd_hub.manifest import manifest as manifests
 from cbd_hub.manifest.index_maps import IndexMap, read_index_map, save_index_maps
 from cbd_hub.manifest.manifest import Anchor, Bridge, Manifest, Training
+from cbd_hub.progress import stage_line
 from cbd_hub.training.distill import distill
 
 __all__ = ["build_chain"]
@@ -98,8 +98,7 @@ class _Build:
         on = self.inputs.bridge_inputs(bridge)
 
         def say(text: str) -> None:
-            if self.progress and PartialState().is_main_process:
-                sys.stderr.write(f"{text}\n")
+            stage_line(text, self.progress and PartialState().is_main_process)
 
         model, training, made = build_anchor_zero(bridge, on, self.state / "work", say=say, progress=self.progress)
         if PartialState().is_main_process:
@@ -241,9 +240,7 @@ class _Build:
             result = evaluate_loss(
                 model, self.inputs.text.test, progress=self.progress, max_tokens=self.recipe.evaluation.tokens
             )
-            evaluation = manifests.Evaluation(
-                loss=result.loss, perplexity=result.perplexity, num_tokens=result.num_tokens
-            )
+            evaluation = manifests.Evaluation(**asdict(result))
         dtype = parse_dtype(self.recipe.dtype)
         model.to(dtype=dtype)  # type: ignore[call-arg]
         model.config.dtype = dtype

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub.utils.tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cbd_hub.axes.architectures import AXIS_MAPS, axis_map_for
@@ -26,6 +25,7 @@ from cbd_hub.interpolation.materialize import Read, blend, build_model, parse_dt
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.interpolation.ranges import Run
 from cbd_hub.manifest.manifest import Anchor
+from cbd_hub.progress import progress_bar
 
 if TYPE_CHECKING:
     from cbd_hub.chain.chain import Chain
@@ -107,8 +107,9 @@ def assemble(
 
     read_large = read(large)
     read_small = read_large if small is large else read(small)
-    bar = tqdm(plan.operations, desc=f"{plan.method} {chain.manifest.name}", unit="tensor", disable=not progress)
-    state = dict(blend(bar, plan.pair, plan.sizes, read_large, read_small, out_dtype))
+    label = f"{plan.method} {chain.manifest.name}"
+    operations = progress_bar(plan.operations, label, unit="tensor", enabled=progress)
+    state = dict(blend(operations, plan.pair, plan.sizes, read_large, read_small, out_dtype))
     model = guarded(f"config.json of anchor {large.name!r}", partial(build_model, config, state, out_dtype))
     if "generation_config.json" in large.files:
         place = anchor_place(chain.location, large)

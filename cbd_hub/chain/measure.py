@@ -9,8 +9,10 @@ import torch
 
 from cbd_hub.chain.chain import Chain
 from cbd_hub.errors import SizeError
-from cbd_hub.evaluation.held_out import evaluate_loss, plot_size_loss, render_progress
+from cbd_hub.evaluation.held_out import evaluate_loss
+from cbd_hub.evaluation.plots import plot_size_loss
 from cbd_hub.manifest.manifest import Anchor, Barrier, CurvePoint, Manifest
+from cbd_hub.progress import progress_bar
 from cbd_hub.text.documents import Documents
 
 __all__ = ["BARRIER_LIMIT", "barrier_height", "measure_barriers", "measure_curve", "plot_chain"]
@@ -40,7 +42,7 @@ def measure_barriers(chain: Chain, blocks: Documents, max_tokens: int | None, pr
         target = (large.num_parameters + small.num_parameters) // 2
         losses: list[float] = []
         try:
-            for alpha in render_progress(_ALPHAS, f"barrier above {small.name}", enabled=progress):
+            for alpha in progress_bar(_ALPHAS, f"barrier above {small.name}", unit="alpha", enabled=progress):
                 plan = chain.plan(target, alpha=alpha, method="interpolate")
                 model = chain.initialize(plan, dtype=torch.float32, progress=False)
                 losses.append(evaluate_loss(model, blocks, max_tokens=max_tokens).loss)
@@ -79,7 +81,7 @@ def measure_curve(
         for large, small in pairwise(anchors)
         for k in range(1, per_pair + 1)
     ]
-    for target in render_progress(targets, "size-loss curve", enabled=progress):
+    for target in progress_bar(targets, "size-loss curve", unit="size", enabled=progress):
         try:
             plan = chain.plan(target)
         except SizeError:  # a tiny chain whose steps are coarser than the tolerance

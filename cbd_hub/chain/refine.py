@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cbd_hub.errors import IntegrityError
-from cbd_hub.evaluation.held_out import evaluate_loss, render_progress
+from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.initialization.refit import REFIT_TOKENS, can_refit, refit
 from cbd_hub.interpolation.operations import list_operations
 from cbd_hub.interpolation.plan import Plan, needed_by
 from cbd_hub.losses.heads import kept_hidden
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.manifest.manifest import Manifest
+from cbd_hub.progress import progress_bar
 
 __all__ = ["SCREEN_TOKENS", "Candidate", "choose", "list_candidates", "load_calibration", "save_calibration"]
 
@@ -136,7 +137,7 @@ def choose(
     stage = next(stages, None)
     while stage is not None:
         able = [candidate for candidate in stage if len(fit_blocks) or not candidate.refit]
-        for candidate in render_progress(able, "comparing", enabled=progress):
+        for candidate in progress_bar(able, "comparing", unit="candidate", enabled=progress):
             made = build(candidate)
             losses[candidate.name] = evaluate_loss(made, blocks[:rows]).loss
             if losses[candidate.name] < losses[best.name]:

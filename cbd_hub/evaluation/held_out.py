@@ -1,50 +1,29 @@
-"""Held-out loss, perplexity, the size-loss curve and its plot.
+"""Held-out loss, perplexity, and bits a byte.
 
 The measure of a language model here is its mean next-token cross-entropy on held-out text, in nats per token;
-perplexity is its exponential. The *size-loss curve* of a chain is that loss at its anchors and at the sizes
-between them: a chain interpolates well when the curve lies on or below the straight line between two anchors.
+perplexity is its exponential.
 """
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from inspect import signature
-from pathlib import Path
-from typing import TypeVar
 
 import torch
 from datasets import Dataset, IterableDataset
-from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cbd_hub.axes.sizing import format_count
 from cbd_hub.errors import RecipeError
 from cbd_hub.losses.distillation import distillation_loss, hidden_and_head
+from cbd_hub.progress import progress_bar
 from cbd_hub.text.documents import Documents
 from cbd_hub.text.packing import block_batches, token_batches
 
-__all__ = [
-    "COLORS",
-    "MARKERS",
-    "Evaluation",
-    "bits_per_byte",
-    "evaluate_loss",
-    "plot_size_loss",
-    "render_progress",
-]
-
-Item = TypeVar("Item")
-
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's palette, told apart with every kind of color blindness; black is kept for the anchors."""
-
-MARKERS = "osv^Px"
-"""Matplotlib's markers, one a color."""
+__all__ = ["HeldOutLoss", "bits_per_byte", "evaluate_loss"]
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class HeldOutLoss:
     """The loss of one model on one text."""
 
     loss: float
@@ -65,7 +44,7 @@ def evaluate_loss(
     batch_size: int = 8,
     progress: bool = False,
     max_tokens: int | None = None,
-) -> Evaluation:
+) -> HeldOutLoss:
     """Mean next-token cross-entropy of a causal language model over packed blocks.
 
     Every token but the first of each block is predicted; of blocks packed with ``boundaries``, every token but the
@@ -91,7 +70,7 @@ def evaluate_loss(
     model.eval()
     try:
         with torch.inference_mode():
-            for batch in render_progress(block_batches(blocks, batch_size), "Evaluating", enabled=progress):
+            for batch in progress_bar(block_batches(blocks, batch_size), "evaluating", unit="batch", enabled=progress):
                 batch = {"labels": batch["input_ids"], **batch}
                 predicted = (batch["labels"][:, 1:] != -100).sum(1).cumsum(0)
                 if not predicted.any():
@@ -115,10 +94,10 @@ def evaluate_loss(
     if not num_tokens:
         raise RecipeError("There is nothing to evaluate on: pass one block of two tokens or more.")
     loss = total / num_tokens
-    return Evaluation(loss, math.exp(loss) if loss < 700 else math.inf, num_tokens)
+    return HeldOutLoss(loss, math.exp(loss) if loss < 700 else math.inf, num_tokens)
 
 
-def bits_per_byte(result: Evaluation, blocks: Documents | Tensor, tokenizer: PreTrainedTokenizerBase) -> float:
+def bits_per_byte(result: HeldOutLoss, blocks: Documents | Tensor, tokenizer: PreTrainedTokenizerBase) -> float:
     """Bits that a model needed for a byte of the text: what compares models of different vocabularies.
 
     The bytes are those of the predicted tokens, special tokens none; where a block begins or ends inside a character,
@@ -160,76 +139,3 @@ def _check_boundaries(model: PreTrainedModel) -> None:
     raise RecipeError(
         f"{type(model).__name__} does not keep the documents of a block apart; set document_boundaries to false."
     )
-
-
-def render_progress(
-    items: Iterable[Item], description: str, *, total: int | None = None, enabled: bool = True
-) -> Iterable[Item]:
-    """Passes items on, showing a progress bar on standard error.
-
-    The bar is silenced by `enabled`, by ``HF_HUB_DISABLE_PROGRESS_BARS=1`` and by
-    ``huggingface_hub.utils.disable_progress_bars()``.
-
-    Args:
-        items: what to loop over.
-        description: shown before the bar.
-        total: number of items, where it cannot be asked of `items`.
-        enabled: false passes the items on silently.
-    """
-    return tqdm(items, desc=description, total=total, name="cbd_hub") if enabled else items
-
-
-def plot_size_loss(
-    series: dict[str, list[tuple[int, float]]],
-    anchors: Sequence[tuple[str, int, float]],
-    path: str | Path,
-    title: str,
-) -> None:
-    """Draws held-out loss over model size, one line a method, and writes it as a PNG file.
-
-    Sizes that span a factor of four or more are drawn on a logarithmic axis. The same data gives the same bytes.
-
-    Args:
-        series: method -> points (parameters, loss in nats per token).
-        anchors: (name, parameters, loss), drawn as labeled diamonds.
-        path: the PNG file to write; its folder must exist.
-        title: shown above the plot.
-
-    Raises:
-        RecipeError: there is no point to draw.
-    """
-    from matplotlib.figure import Figure  # slow to import, and only plots need it
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    sizes = [size for line in series.values() for size, _ in line] + [size for _, size, _ in anchors]
-    if not sizes:
-        raise RecipeError("There is no point to plot: pass a series or anchors.")
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for index, (method, line) in enumerate(series.items()):
-        axes.plot(
-            *zip(*sorted(line), strict=True),
-            label=method,
-            color=COLORS[index % len(COLORS)],
-            marker=MARKERS[index % len(MARKERS)],
-            linestyle=("-", "--", ":")[index // len(COLORS) % 3],
-            linewidth=2,
-            markersize=6,
-        )
-    for index, (name, size, loss) in enumerate(anchors):
-        axes.plot(size, loss, "D", color="black", markersize=9, zorder=5, label=None if index else "anchors")
-        axes.annotate(name, (size, loss), (8, 8), textcoords="offset points", fontweight="bold", zorder=6)
-    if max(sizes) >= 4 * min(sizes):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_count(round(size))))
-    axes.margins(x=0.12, y=0.12)
-    axes.set_xlabel("parameters")
-    axes.set_ylabel("held-out loss (nats per token)")
-    axes.set_title(title, loc="left", fontweight="bold")
-    axes.grid(color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, format="png", dpi=200, metadata={"Software": None})

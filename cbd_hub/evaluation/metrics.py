@@ -1,9 +1,9 @@
-"""ROUGE and accuracy: by packaged implementations, or by the scripts of Hugging Face's `evaluate`.
+"""ROUGE, by the rouge-score package or by the script of Hugging Face's `evaluate`.
 
 `evaluate` fetches a metric as a Python file and runs it. Repositories are not trusted here, so a script runs only
-where the caller names a place for it; otherwise ROUGE is the rouge-score package's, which the script calls too, and
-accuracy is counted here. Whoever computed a number is named beside it. Means are taken over items here, never by a
-script: what `evaluate` reports for ROUGE by itself is the median of a bootstrap, near the mean and not equal to it.
+where the caller names a place for it; otherwise ROUGE is the rouge-score package's, which the script calls too. A
+result names who computed it. Means are taken over items here, never by a script: what `evaluate` reports for ROUGE by
+itself is the median of a bootstrap, near the mean and not equal to it.
 """
 
 import math
@@ -17,10 +17,10 @@ from datasets import config
 
 from cbd_hub.errors import CbdError, RecipeError
 
-__all__ = ["HUB", "ROUGE", "Scores", "accuracy", "rouge"]
+__all__ = ["HUB", "ROUGE", "Scores", "rouge"]
 
 HUB = "hub"
-"""The place of scripts that stands for the Hub (``evaluate-metric/NAME``); any other place is a folder."""
+"""The place of scripts that stands for the Hub (``evaluate-metric/rouge``); any other place is a folder."""
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 """What :func:`rouge` measures: words in common, pairs of words, and the longest common subsequence; F1 of each."""
@@ -64,12 +64,16 @@ def rouge(predictions: Sequence[str], references: Sequence[str], scripts: str | 
 
     Cost: milliseconds an item; `evaluate` takes seconds to import.
     """
-    _check(predictions, references)
-    script, told = _script("rouge", scripts)
+    if len(predictions) != len(references) or not predictions:
+        raise RecipeError(
+            f"there are {len(predictions)} predictions and {len(references)} references; give one reference for each "
+            "prediction, and at least one"
+        )
+    script, origin = _script(scripts)
     if script is not None:
         options = {"rouge_types": list(ROUGE), "use_stemmer": True, "use_aggregator": False}
-        found = script(predictions=list(predictions), references=list(references), **options)
-        return Scores({name: [float(value) for value in found[name]] for name in ROUGE}, told)
+        computed = script(predictions=list(predictions), references=list(references), **options)
+        return Scores({name: [float(value) for value in computed[name]] for name in ROUGE}, origin)
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ModuleNotFoundError as error:
@@ -77,45 +81,16 @@ def rouge(predictions: Sequence[str], references: Sequence[str], scripts: str | 
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
     pairs = [scorer.score(wanted, got) for got, wanted in zip(predictions, references, strict=True)]
     values = {name: [float(pair[name].fmeasure) for pair in pairs] for name in ROUGE}
-    return Scores(values, f"rouge-score {version('rouge-score')}{told}")
+    return Scores(values, f"rouge-score {version('rouge-score')}{origin}")
 
 
-def accuracy(predictions: Sequence[int], references: Sequence[int], scripts: str | Path | None = None) -> Scores:
-    """The share of labels that are right, as the metric ``accuracy``.
-
-    Args:
-        predictions: Labels.
-        references: The right ones.
-        scripts: As of :func:`rouge`; a folder holds ``accuracy/accuracy.py``. A script is asked item by item, so that
-            there is a standard error: some milliseconds each.
-
-    Raises:
-        RecipeError: As :func:`rouge` says.
-    """
-    _check(predictions, references)
-    script, told = _script("accuracy", scripts)
-    pairs = zip(predictions, references, strict=True)
-    if script is not None:
-        values = [float(script(predictions=[got], references=[wanted])["accuracy"]) for got, wanted in pairs]
-        return Scores({"accuracy": values}, told)
-    return Scores({"accuracy": [float(got == wanted) for got, wanted in pairs]}, f"cbd_hub {version('cbd_hub')}{told}")
-
-
-def _check(predictions: Sequence[Any], references: Sequence[Any]) -> None:
-    if len(predictions) != len(references) or not predictions:
-        raise RecipeError(
-            f"there are {len(predictions)} predictions and {len(references)} references; give one reference for each "
-            "prediction, and at least one"
-        )
-
-
-def _script(name: str, scripts: str | Path | None) -> tuple[Callable[..., dict[str, Any]] | None, str]:
-    """What computes a metric and what it is called; or None, and what to say of that."""
+def _script(scripts: str | Path | None) -> tuple[Callable[..., dict[str, Any]] | None, str]:
+    """The script's function and its name; or None, and why rouge-score computes instead."""
     if scripts is None:
         return None, ""
-    place = f"evaluate-metric/{name}" if scripts == HUB else str(Path(scripts).absolute() / name)
-    if scripts != HUB and not (Path(place) / f"{name}.py").is_file():
-        raise RecipeError(f"no metric script {name}/{name}.py in {scripts}; name its folder, or {HUB!r} to fetch it")
+    place = "evaluate-metric/rouge" if scripts == HUB else str(Path(scripts).absolute() / "rouge")
+    if scripts != HUB and not (Path(place) / "rouge.py").is_file():
+        raise RecipeError(f"no metric script rouge/rouge.py in {scripts}; name its folder, or {HUB!r} to fetch it")
     if scripts == HUB and config.HF_HUB_OFFLINE:  # which evaluate does not look at
         return None, " (HF_HUB_OFFLINE is set, so the script was not fetched)"
     try:

@@ -1,8 +1,10 @@
-"""Plots of measured models over their size: where a chain's line lies below another's, its models are better for their
-parameters.
+"""Every plot: the size-loss curve of a chain, measured models over their size, and loss over training tokens.
 
-The rows are those of :mod:`cbd_hub.chain.compare`. What belongs to one argument has one color; the anchors of a
-chain are joined by a line, a single model is a point. Losses of different tokenizers are drawn as bits a byte.
+The *size-loss curve* of a chain is the held-out loss at its anchors and at the sizes between them: a chain
+interpolates well when the curve lies on or below the straight line between two anchors.
+
+Rows of :mod:`cbd_hub.chain.compare` are drawn with one color an argument; the anchors of a chain are joined by a
+line, a single model is a point. Losses of different tokenizers are drawn as bits a byte.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,12 +13,27 @@ from typing import TYPE_CHECKING, Any
 
 from cbd_hub.axes.sizing import format_count
 from cbd_hub.errors import RecipeError
-from cbd_hub.evaluation.held_out import COLORS, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["check_plot", "one_tokenizer", "plot_losses", "plot_scores"]
+__all__ = [
+    "COLORS",
+    "MARKERS",
+    "check_plot",
+    "one_tokenizer",
+    "plot_losses",
+    "plot_recovery",
+    "plot_scores",
+    "plot_size_loss",
+]
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's palette, told apart with every kind of color blindness; black is kept for the anchors."""
+
+MARKERS = "osv^Px"
+"""Matplotlib's markers, one a color."""
 
 Row = Mapping[str, Any]
 _STYLES = ("-", "--", ":")
@@ -40,6 +57,82 @@ def check_plot(path: str | Path) -> None:
 def one_tokenizer(rows: Sequence[Row]) -> bool:
     """Whether the text of all rows was cut into the same tokens, so that losses a token compare."""
     return len({row["tokenizer"] for row in rows}) <= 1
+
+
+def plot_size_loss(
+    series: dict[str, list[tuple[int, float]]],
+    anchors: Sequence[tuple[str, int, float]],
+    path: str | Path,
+    title: str,
+) -> None:
+    """Draws held-out loss over model size, one line a method, and writes it as a PNG file.
+
+    Sizes that span a factor of four or more are drawn on a logarithmic axis. The same data gives the same bytes.
+
+    Args:
+        series: method -> points (parameters, loss in nats per token).
+        anchors: (name, parameters, loss), drawn as labeled diamonds.
+        path: the PNG file to write; its folder must exist.
+        title: shown above the plot.
+
+    Raises:
+        RecipeError: there is no point to draw.
+    """
+    from matplotlib.figure import Figure  # slow to import, and only plots need it
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    sizes = [size for line in series.values() for size, _ in line] + [size for _, size, _ in anchors]
+    if not sizes:
+        raise RecipeError("There is no point to plot: pass a series or anchors.")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (method, line) in enumerate(series.items()):
+        axes.plot(
+            *zip(*sorted(line), strict=True),
+            label=method,
+            color=COLORS[index % len(COLORS)],
+            marker=MARKERS[index % len(MARKERS)],
+            linestyle=("-", "--", ":")[index // len(COLORS) % 3],
+            linewidth=2,
+            markersize=6,
+        )
+    for index, (name, size, loss) in enumerate(anchors):
+        axes.plot(size, loss, "D", color="black", markersize=9, zorder=5, label=None if index else "anchors")
+        axes.annotate(name, (size, loss), (8, 8), textcoords="offset points", fontweight="bold", zorder=6)
+    if max(sizes) >= 4 * min(sizes):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.12, y=0.12)
+    _frame(axes, "parameters", "held-out loss (nats per token)", title)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_recovery(curves: Mapping[str, Sequence[tuple[int, float]]], path: str | Path, title: str) -> None:
+    """Draws held-out loss over training tokens, a line each, and writes it as a PNG file.
+
+    Args:
+        curves: Name → points (training tokens, loss in nats per token).
+        path: The PNG file to write; its folder must exist.
+        title: Shown above the plot.
+
+    Raises:
+        RecipeError: There is no point to draw.
+    """
+    from matplotlib.figure import Figure  # slow to import, and only plots need it
+
+    if not any(curves.values()):
+        raise RecipeError("There is no point to plot: pass a curve.")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, points) in enumerate(curves.items()):
+        axes.plot(
+            *zip(*points, strict=True), label=name, color=COLORS[index % 4], marker=MARKERS[index % 4], linewidth=2
+        )
+    _frame(axes, "training tokens", "held-out loss (nats per token)", title)
+    axes.legend(frameon=False)
+    _save(figure, path)
 
 
 def plot_losses(rows: Sequence[Row], path: str | Path) -> None:
@@ -94,9 +187,8 @@ def _plot(panels: Mapping[str, Sequence[Row]], label: str, path: str | Path) -> 
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     for index, (title, panel) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(lines, columns, index)
-        axes.set_title(title, loc="left", fontweight="bold")
-        axes.set_ylabel(label)
         _draw(axes, panel, arguments, metrics)
+        _frame(axes, "parameters", label, title)
     handles = [
         Line2D([], [], label=told, **_look(index, 0, any(row["of"] == of != row["name"] for row in rows)))
         for index, (of, told) in enumerate(arguments.items())
@@ -105,11 +197,11 @@ def _plot(panels: Mapping[str, Sequence[Row]], label: str, path: str | Path) -> 
         looks = [{**_look(0, style, True), "color": "black"} for style in range(len(metrics))]
         handles += [Line2D([], [], label=name, **look) for name, look in zip(metrics, looks, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
-    figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
+    _save(figure, path)
 
 
 def _draw(axes: "Axes", rows: Sequence[Row], arguments: Mapping[str, str], metrics: Sequence[str]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     for index, (of, told) in enumerate(arguments.items()):
         for style, metric in enumerate(metrics):
@@ -130,12 +222,25 @@ def _draw(axes: "Axes", rows: Sequence[Row], arguments: Mapping[str, str], metri
     few = max(map(_size, rows)) < 4 * min(map(_size, rows))  # then decades alone would leave the axis bare
     axes.xaxis.set_major_locator(MaxNLocator(4) if few else LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_count(round(size))))
     axes.margins(x=0.15, y=0.15)
-    axes.set_xlabel("parameters")
+
+
+def _frame(axes: "Axes", xlabel: str, ylabel: str, title: str) -> None:
+    """What all plots share: the labels, counts such as 138M on the x axis, a pale grid, no frame."""
+    from matplotlib.ticker import FuncFormatter
+
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: format_count(max(0, round(count)))))
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, loc="left", fontweight="bold")
     axes.grid(color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: "Figure", path: str | Path) -> None:
+    """Writes a PNG file; without a version of the software in it the same data gives the same bytes."""
+    figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
 
 
 def _look(index: int, style: int, line: bool) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.evaluation.held_out import render_progress
 from cbd_hub.evaluation.metrics import rouge
+from cbd_hub.progress import progress_bar
 from cbd_hub.text.generators import LocalGenerator
 from cbd_hub.text.settings import Sampling
 
@@ -74,8 +74,8 @@ def evaluate_summaries(
     items = read_summaries(file)[:limit]
     writer = _Writer(model, tokenizer, batch_size, max_new_tokens)
     texts = writer.generate([item.prompt for item in items], Sampling(max_new_tokens=max_new_tokens, temperature=0))
-    told = render_progress(texts, "Writing", total=len(items), enabled=progress)
-    scores = rouge([text.text for text in told], [item.reference for item in items], metric_scripts)
+    written = progress_bar(texts, "writing", total=len(items), unit="text", enabled=progress)
+    scores = rouge([text.text for text in written], [item.reference for item in items], metric_scripts)
     return [
         {
             "task": Path(file).name,

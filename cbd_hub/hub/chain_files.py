@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub.utils.tqdm import tqdm
-
 from cbd_hub.errors import ChainNotFoundError, IntegrityError
 from cbd_hub.files import whole_folder
 from cbd_hub.hub.read import Location
 from cbd_hub.manifest import manifest as manifests
 from cbd_hub.manifest.manifest import Anchor, FileEntry, Manifest
+from cbd_hub.progress import progress_bar
 
 __all__ = ["anchor_place", "checked_file", "copy_chain", "dropping_damage"]
 
@@ -65,7 +64,7 @@ def copy_chain(manifest: Manifest, chain: Location, folder: Path) -> None:
         wanted += [(anchor_place(chain, anchor), inner, name, entry) for name, entry in anchor.files.items()]
         anchors.append(anchor.model_copy(update={"repo_id": None, "revision": None, "subfolder": inner}))
     with whole_folder(folder) as temporary:
-        for place, inner, name, entry in tqdm(wanted, desc="copying", unit="file"):
+        for place, inner, name, entry in progress_bar(wanted, "copying", unit="file"):
             destination = temporary / inner / name
             destination.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checked_file(place, name, entry), destination)

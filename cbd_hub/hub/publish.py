@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from huggingface_hub.utils.tqdm import tqdm
 
 from cbd_hub.errors import ChainNotFoundError, PublishError
 from cbd_hub.hub import cards
@@ -25,6 +24,7 @@ from cbd_hub.hub.read import Location
 from cbd_hub.hub.write import Commit, Content, Repository, State, gather
 from cbd_hub.manifest import manifest as manifests
 from cbd_hub.manifest.manifest import FileEntry, Manifest
+from cbd_hub.progress import progress_bar
 
 __all__ = ["Published", "publish", "publish_folder"]
 
@@ -124,7 +124,7 @@ def publish(
 
     commits, anchors = [], []
     both = list(zip(manifest.anchors, named, strict=True))
-    for anchor, shown in tqdm(both, desc="publishing", unit="anchor", disable=not progress):
+    for anchor, shown in progress_bar(both, "publishing", unit="anchor", enabled=progress):
         if anchor.repo_id:
             commits.append(Commit(anchor.repo_id, anchor.revision or "", (), 0))
             anchors.append(anchor)
@@ -183,7 +183,7 @@ def _gather_files(manifest: Manifest, location: Location, progress: bool) -> dic
         anchor.name: {
             name: _checked(anchor_place(location, anchor), name, entry) for name, entry in anchor.files.items()
         }
-        for anchor in tqdm(ours, desc="checking files", unit="anchor", disable=not progress)
+        for anchor in progress_bar(ours, "checking files", unit="anchor", enabled=progress)
     }
 
 

@@ -38,12 +38,12 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
-from huggingface_hub.utils.tqdm import tqdm
 
 from cbd_hub.errors import CbdError, ChainNotFoundError, IntegrityError, PublishError
 from cbd_hub.hub.partial_files import PartialFile
 from cbd_hub.interpolation.ranges import Run, count_bytes
 from cbd_hub.manifest.manifest import file_entry
+from cbd_hub.progress import counter
 
 __all__ = ["LIBRARY", "Location", "NoRangesError", "RangedFile", "clear_errors", "has_hash"]
 
@@ -323,14 +323,9 @@ class RangedFile:
             return self.kept.path
         with clear_errors(self.location.place, self.filename, self.location.revision):
             url, headers = self._address
-            with tqdm(
-                total=count_bytes(missing),
-                desc=f"{self.filename}, the rows needed",
-                unit="B",
-                unit_scale=True,
-                disable=not progress,
-            ) as bar:
-                self.kept.fill(missing, partial(_get_range, url, headers, self.kept.size), bar.update)
+            label = f"{self.filename}, the rows needed"
+            with counter(label, count_bytes(missing), unit="B", enabled=progress) as add:
+                self.kept.fill(missing, partial(_get_range, url, headers, self.kept.size), add)
         return self.kept.path
 
     @cached_property

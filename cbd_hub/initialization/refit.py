@@ -18,12 +18,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.errors import RecipeError
+from cbd_hub.progress import progress_bar
 from cbd_hub.text.packing import token_batches
 
 __all__ = ["REFIT_TOKENS", "RIDGE", "can_refit", "refit"]
@@ -100,7 +100,7 @@ def refit(
         ends = [*(layer - 1 for layer in layers[1:]), count - 1]
         right.skip_to(layers[0])
         for j, (first, end) in enumerate(
-            zip(tqdm(layers, desc="refit", unit="layer", disable=not progress), ends, strict=True)
+            zip(progress_bar(layers, "refit", unit="layer", enabled=progress), ends, strict=True)
         ):
             seen = right.run(first, [middle])
             between = _kept(seen[middle], kept)

@@ -20,10 +20,10 @@ from typing import Any, TypedDict
 
 from datasets import Dataset
 from filelock import FileLock
-from huggingface_hub.utils.tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_hub.errors import RecipeError
+from cbd_hub.progress import counter
 from cbd_hub.text.documents import read_source
 from cbd_hub.text.generators import Generator, LocalGenerator, ServerGenerator
 from cbd_hub.text.settings import DatasetSource, GenerationConfig, Sampling, SourceConfig
@@ -231,7 +231,7 @@ def _rows(
     generator: Generator, prompts: Sequence[str], sampling: Sampling, place: Path, progress: bool
 ) -> Iterator[_Row]:
     """All rows in order; shards that are missing or damaged are written first."""
-    with tqdm(total=len(prompts), desc="writing", unit="text", disable=not progress, name="cbd_hub") as bar:
+    with counter("writing", len(prompts), unit="text", enabled=progress) as add:
         for first in range(0, len(prompts), SHARD):
             part, stem = prompts[first : first + SHARD], f"{first // SHARD:05d}"
             rows = _read_shard(place, stem)
@@ -242,13 +242,13 @@ def _rows(
                     text = written.text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character cut at the last token
                     prompt = prompts[number]
                     rows.append({"number": number, "prompt": prompt, "text": text, "tokens": written.tokens})
-                    bar.update()
+                    add(1)
                 _write_shard(place, stem, rows)
                 origin = _origin(place) or _new_origin(generator, prompts, sampling)
                 origin["seconds"] = round(origin["seconds"] + time.monotonic() - began, 3)
                 _write_json(place / "origin.json", origin)
             else:
-                bar.update(len(part))
+                add(len(part))
             yield from rows
 
 

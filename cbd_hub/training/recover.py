@@ -30,6 +30,7 @@ from cbd_hub.axes.sizing import format_count
 from cbd_hub.chain.chain import Chain
 from cbd_hub.errors import ChainNotFoundError, RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
+from cbd_hub.evaluation.plots import plot_recovery
 from cbd_hub.files import whole_folder
 from cbd_hub.hub.cards import recovered_card
 from cbd_hub.manifest.manifest import MANIFEST_NAME, Training
@@ -43,7 +44,6 @@ from cbd_hub.training.settings import DistillationConfig
 __all__ = [
     "RecoverConfig",
     "Recovery",
-    "plot_recovery",
     "recover",
     "recover_folder",
     "recover_on_text",
@@ -242,39 +242,6 @@ def recover_on_text(
         first = error.errors()[0]
         raise RecipeError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}.") from None
     return recover_folder(model, config, output, progress=progress)
-
-
-def plot_recovery(curves: Mapping[str, Sequence[tuple[int, float]]], path: str | Path, title: str) -> None:
-    """Draws held-out loss over training tokens, a line each, and writes it as a PNG file.
-
-    Args:
-        curves: Name → points (training tokens, loss in nats per token).
-        path: The PNG file to write; its folder must exist.
-        title: Shown above the plot.
-
-    Raises:
-        RecipeError: There is no point to draw.
-    """
-    from matplotlib.figure import Figure  # slow to import, and only plots need it
-    from matplotlib.ticker import FuncFormatter
-
-    if not any(curves.values()):
-        raise RecipeError("There is no point to plot: pass a curve.")
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart with every kind of color blindness
-    for index, (name, points) in enumerate(curves.items()):
-        axes.plot(
-            *zip(*points, strict=True), label=name, color=colors[index % 4], marker="osv^"[index % 4], linewidth=2
-        )
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: format_count(max(0, round(tokens)))))
-    axes.set_xlabel("training tokens")
-    axes.set_ylabel("held-out loss (nats per token)")
-    axes.set_title(title, loc="left", fontweight="bold")
-    axes.grid(color="#dddddd", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
 
 
 # -- what is read --------------------------------------------------------------------------------------------------

@@ -1,22 +1,18 @@
-"""Held-out loss against transformers' own, progress bars and the plot."""
+"""Held-out loss against transformers' own, and bits a byte."""
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from matplotlib.image import imread
 from tiny_models import FAMILIES, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.evaluation.held_out import Evaluation, bits_per_byte, evaluate_loss, plot_size_loss, render_progress
+from cbd_hub.evaluation.held_out import HeldOutLoss, bits_per_byte, evaluate_loss
 from cbd_hub.text.packing import train_tokenizer
 
 
@@ -153,78 +149,8 @@ def test_nothing_to_evaluate_on_is_refused(blocks: Tensor) -> None:
 
 
 def test_evaluation_as_dict_is_json() -> None:
-    evaluation = Evaluation(loss=1.5, perplexity=math.exp(1.5), num_tokens=7)
-    assert Evaluation(**json.loads(json.dumps(evaluation.as_dict()))) == evaluation
-
-
-@pytest.mark.parametrize("disabled", [False, True])
-def test_progress_bars_obey_the_environment(disabled: bool) -> None:
-    code = "from cbd_hub.evaluation.held_out import *; print(list(render_progress(range(3), 'Counting')))"
-    env = {"PATH": "", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
-    if disabled:
-        env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-    assert done.stdout.strip() == "[0, 1, 2]"
-    assert ("Counting" in done.stderr and "3/3" in done.stderr) is not disabled
-
-
-def test_a_progress_bar_that_is_not_wanted_is_no_bar() -> None:
-    items = [1, 2]
-    assert render_progress(items, "Counting", enabled=False) is items
-
-
-def test_progress_passes_a_generator_on() -> None:
-    assert list(render_progress((x * x for x in range(4)), "Squaring", total=4)) == [0, 1, 4, 9]
-
-
-# -- plot ------------------------------------------------------------------------------------------------------
-
-SERIES = {
-    "interpolate": [(124_600_000, 3.755), (111_900_000, 3.872), (118_200_000, 3.814)],
-    "prune": [(111_900_000, 4.204), (118_200_000, 3.996)],
-}
-ANCHORS = [("large", 134_500_000, 3.688), ("small", 103_100_000, 3.956)]
-
-
-def read_png(path: Path) -> Tensor:
-    """The pixels of a PNG file as (height, width) integers 0xRRGGBB."""
-    red, green, blue, *_ = (torch.from_numpy(imread(path)) * 255).round().long().unbind(-1)
-    return red << 16 | green << 8 | blue
-
-
-def test_plot_draws_a_line_a_method_and_the_anchors(tmp_path: Path) -> None:
-    plot_size_loss(SERIES, ANCHORS, tmp_path / "curve.png", "A chain")
-    image = read_png(tmp_path / "curve.png")
-    assert image.shape == (1000, 1600)
-    colors = set(image.unique().tolist())
-    blue, vermilion, green, black = 0x0072B2, 0xD55E00, 0x009E73, 0x000000
-    assert {blue, vermilion, black} <= colors
-    assert green not in colors
-
-
-def test_plot_is_the_same_each_time(tmp_path: Path) -> None:
-    for name in ("first.png", "second.png"):
-        plot_size_loss(SERIES, ANCHORS, tmp_path / name, "A chain")
-    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("series", "anchors"),
-    [
-        ({}, ANCHORS),
-        (SERIES, []),
-        ({f"method {i}": [(763_000 * 4**i, 4.0 - i / 10)] for i in range(14)}, [("tiny", 763, 9.0)]),
-    ],
-    ids=["anchors-only", "series-only", "many-methods-on-a-log-axis"],
-)
-def test_plot_takes_any_data(series: dict, anchors: list, tmp_path: Path) -> None:
-    plot_size_loss(series, anchors, tmp_path / "curve.png", "")
-    assert read_png(tmp_path / "curve.png").shape == (1000, 1600)
-
-
-def test_plot_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no point to plot"):
-        plot_size_loss({}, [], tmp_path / "curve.png", "A chain")
+    result = HeldOutLoss(loss=1.5, perplexity=math.exp(1.5), num_tokens=7)
+    assert HeldOutLoss(**json.loads(json.dumps(result.as_dict()))) == result
 
 
 def test_bits_per_byte_by_hand() -> None:
@@ -232,7 +158,7 @@ def test_bits_per_byte_by_hand() -> None:
     text = "one two three. one three two, "
     ids = tokenizer(text)["input_ids"]
     blocks = torch.tensor([ids, ids])
-    result = Evaluation(loss=0.5, perplexity=math.exp(0.5), num_tokens=len(ids) - 1)  # the first block alone
+    result = HeldOutLoss(loss=0.5, perplexity=math.exp(0.5), num_tokens=len(ids) - 1)  # the first block alone
     size = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
     assert bits_per_byte(result, blocks, tokenizer) == pytest.approx(0.5 * (len(ids) - 1) / math.log(2) / size)
     with pytest.raises(RecipeError, match="no text"):

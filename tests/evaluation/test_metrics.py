@@ -1,4 +1,4 @@
-"""ROUGE and accuracy: against numbers worked out by hand, and against `evaluate` running real metric scripts.
+"""ROUGE: against numbers worked out by hand, and against `evaluate` running real metric scripts.
 
 The scripts are loaded from a folder, and over HTTP from a server on this machine; each in a process of its own, whose
 HF_HOME is a temporary folder, since `evaluate` copies what it runs there.
@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.evaluation.metrics import HUB, ROUGE, accuracy, rouge
+from cbd_hub.evaluation.metrics import HUB, ROUGE, rouge
 
 pytest.importorskip("rouge_score", reason="needs rouge-score: pip install 'cbd_hub[eval]'")
 needs_evaluate = pytest.mark.skipif(
@@ -55,13 +55,6 @@ ROUGE_SCRIPT = SCRIPT.format(
         return {name: [each[name].fmeasure for each in found] for name in rouge_types}
 """,
 )
-ACCURACY_SCRIPT = SCRIPT.format(
-    imports="from sklearn.metrics import accuracy_score",
-    kind="int32",
-    compute="""**more):
-        return {"accuracy": float(accuracy_score(references, predictions))}
-""",
-)
 
 
 def in_a_process(code: str, home: Path, **environment: str) -> Any:
@@ -88,43 +81,32 @@ def test_rouge_is_f1_of_stemmed_words_in_common() -> None:
 
 
 def test_means_and_standard_errors_are_over_items() -> None:
-    scores = accuracy([1, 0, 2, 2], [1, 1, 2, 2])
-    assert scores.values == {"accuracy": [1, 0, 1, 1]}
-    assert scores.means == {"accuracy": 0.75}
-    assert scores.stderrs == {"accuracy": pytest.approx(math.sqrt(0.75 * 0.25 / 3))}
-    assert scores.implementation.startswith("cbd_hub ")
-    assert accuracy([1], [1]).stderrs == {"accuracy": None}
+    scores = rouge(["a house", "peace", "a b", "a b"], ["a house", "a b", "a b", "a b"])
+    assert scores.values["rouge1"] == [1, 0, 1, 1]
+    assert scores.means["rouge1"] == 0.75
+    assert scores.stderrs["rouge1"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert rouge(["a"], ["a"]).stderrs["rouge1"] is None
 
 
-@pytest.mark.parametrize("measure", [rouge, accuracy])
 @pytest.mark.parametrize(("got", "wanted"), [([], []), (["1"], []), (["1"], ["1", "2"])])
-def test_items_without_a_counterpart_are_refused(measure: Any, got: list[str], wanted: list[str]) -> None:
+def test_items_without_a_counterpart_are_refused(got: list[str], wanted: list[str]) -> None:
     with pytest.raises(RecipeError, match=f"{len(got)} predictions and {len(wanted)} references"):
-        measure(got, wanted)
+        rouge(got, wanted)
 
 
 def test_a_folder_without_the_script_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no metric script rouge/rouge\.py"):
         rouge(GOT, WANTED, tmp_path)
-    with pytest.raises(RecipeError, match=r"no metric script accuracy/accuracy\.py"):
-        accuracy([1], [1], tmp_path)
 
 
 @needs_evaluate
 def test_a_script_of_a_folder_gives_the_same_numbers(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    for name, script in (("rouge", ROUGE_SCRIPT), ("accuracy", ACCURACY_SCRIPT)):
-        (tmp_path / "mine" / name).mkdir(parents=True)
-        (tmp_path / "mine" / name / f"{name}.py").write_text(script)
-    code = f"""
-place = {str(tmp_path / "mine")!r}
-a, b = rouge(GOT, WANTED, place), accuracy([1, 0, 2], [1, 1, 2], place)
-print(json.dumps([a.values, a.implementation, b.values, b.implementation]))
-"""
-    values, by, labels, by_too = in_a_process(code, tmp_path / "home")
+    (tmp_path / "mine" / "rouge").mkdir(parents=True)
+    (tmp_path / "mine" / "rouge" / "rouge.py").write_text(ROUGE_SCRIPT)
+    code = f"a = rouge(GOT, WANTED, {str(tmp_path / 'mine')!r})\nprint(json.dumps([a.values, a.implementation]))"
+    values, by = in_a_process(code, tmp_path / "home")
     assert values == rouge(GOT, WANTED).values
     assert by == f"evaluate {version('evaluate')}, script {tmp_path / 'mine' / 'rouge'}"
-    assert labels == {"accuracy": [1, 0, 1]} and by_too.endswith("accuracy")
 
 
 @pytest.fixture
@@ -175,14 +157,13 @@ def test_offline_nothing_is_fetched(hub: str, tmp_path: Path) -> None:
 def test_without_the_packages_it_says_what_to_install(tmp_path: Path) -> None:
     code = f"""
 sys.modules["evaluate"] = None
-told = [rouge(GOT, WANTED, {HUB!r}).implementation, accuracy([1], [1], {HUB!r}).implementation]
+implementation = rouge(GOT, WANTED, {HUB!r}).implementation
 sys.modules["rouge_score.rouge_scorer"] = None
 try:
     rouge(GOT, WANTED)
 except Exception as error:
-    print(json.dumps([*told, type(error).__name__, str(error)]))
+    print(json.dumps([implementation, type(error).__name__, str(error)]))
 """
-    first, second, kind, message = in_a_process(code, tmp_path)
+    first, kind, message = in_a_process(code, tmp_path)
     assert first.startswith("rouge-score") and "'evaluate'" in first and "pip install" in first
-    assert second.startswith("cbd_hub") and "'evaluate'" in second
     assert kind == "CbdError" and "pip install 'cbd_hub[eval]'" in message

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.evaluation.plots import check_plot, one_tokenizer, plot_losses, plot_scores
+from cbd_hub.evaluation.plots import check_plot, one_tokenizer, plot_losses, plot_recovery, plot_scores, plot_size_loss
 
 BLUE, VERMILION, GREEN, BLACK = 0x0072B2, 0xD55E00, 0x009E73, 0x000000
 SIZES = {"chain": [100_000_000, 120_000_000, 150_000_000], "org/model": [130_000_000]}
@@ -160,3 +160,55 @@ def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="no point to plot"):
             plot([], tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+SERIES = {
+    "interpolate": [(124_600_000, 3.755), (111_900_000, 3.872), (118_200_000, 3.814)],
+    "prune": [(111_900_000, 4.204), (118_200_000, 3.996)],
+}
+ANCHORS = [("large", 134_500_000, 3.688), ("small", 103_100_000, 3.956)]
+
+
+def test_the_size_loss_curve_draws_a_line_a_method_and_the_anchors(tmp_path: Path) -> None:
+    plot_size_loss(SERIES, ANCHORS, tmp_path / "curve.png", "A chain")
+    image = read_png(tmp_path / "curve.png")
+    assert image.shape == (1000, 1600)
+    colors = set(image.unique().tolist())
+    assert {BLUE, VERMILION, BLACK} <= colors
+    assert GREEN not in colors
+
+
+def test_the_size_loss_curve_is_the_same_each_time(tmp_path: Path) -> None:
+    for name in ("first.png", "second.png"):
+        plot_size_loss(SERIES, ANCHORS, tmp_path / name, "A chain")
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("series", "anchors"),
+    [
+        ({}, ANCHORS),
+        (SERIES, []),
+        ({f"method {i}": [(763_000 * 4**i, 4.0 - i / 10)] for i in range(14)}, [("tiny", 763, 9.0)]),
+    ],
+    ids=["anchors-only", "series-only", "many-methods-on-a-log-axis"],
+)
+def test_the_size_loss_curve_takes_any_data(series: dict, anchors: list, tmp_path: Path) -> None:
+    plot_size_loss(series, anchors, tmp_path / "curve.png", "")
+    assert read_png(tmp_path / "curve.png").shape == (1000, 1600)
+
+
+def test_a_size_loss_curve_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no point to plot"):
+        plot_size_loss({}, [], tmp_path / "curve.png", "A chain")
+
+
+def test_a_recovery_is_a_line_each_over_tokens(tmp_path: Path) -> None:
+    curves = {"recovered": [(0, 4.0), (1000, 3.5)], "from scratch": [(0, 6.0), (1000, 5.0)]}
+    plot_recovery(curves, tmp_path / "plot.png", "Recovery")
+    assert {BLUE, VERMILION} <= set(read_png(tmp_path / "plot.png").unique().tolist())
+
+
+def test_a_recovery_without_points_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no point to plot"):
+        plot_recovery({"recovered": []}, tmp_path / "plot.png", "Nothing")

@@ -20,7 +20,7 @@ from cbd_hub.errors import ChainNotFoundError, OutputExistsError, RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.text.packing import train_tokenizer
 from cbd_hub.text.settings import DataConfig
-from cbd_hub.training.recover import RecoverConfig, _blocks, plot_recovery, recover, recover_folder, recover_on_text
+from cbd_hub.training.recover import RecoverConfig, _blocks, recover, recover_folder, recover_on_text
 from cbd_hub.training.settings import DistillationConfig
 
 LENGTH, BATCH = 32, 4
@@ -207,8 +207,3 @@ def test_a_teacher_of_another_vocabulary_is_refused(chain: Chain, folder: Path, 
         large = train_tokenizer([{"text": text.read_text()} for text in TEXT.glob("18*.txt")], 400)
         recover(load(folder), large, DATA, TRAINING, work_dir=tmp_path / "work", progress=False)
     assert not (tmp_path / "work").exists() and not (tmp_path / "out").exists()
-
-
-def test_an_empty_plot_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no point to plot"):
-        plot_recovery({"recovered": []}, tmp_path / "plot.png", "Nothing")

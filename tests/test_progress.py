@@ -1,0 +1,89 @@
+"""Progress on a real terminal (a pseudo one) and in a pipe, in processes of their own."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from cbd_hub.progress import progress_bar
+
+LOOP = "from cbd_hub.progress import *; print(list(progress_bar(range(3), 'counting', unit='number')))"
+BYTES = "from cbd_hub.progress import *\nwith counter('fetching', 2_500_000, unit='B') as add: add(2_500_000)"
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {"PATH": "", "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "dumb", **more}
+
+
+def in_a_pipe(code: str, **more: str) -> str:
+    run = [sys.executable, "-c", code]
+    return subprocess.run(run, capture_output=True, text=True, check=True, env=environment(**more)).stderr
+
+
+def on_a_terminal(code: str, **more: str) -> str:
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    subprocess.run(
+        [sys.executable, "-c", code], stderr=child, stdout=subprocess.DEVNULL, check=True, env=environment(**more)
+    )
+    os.close(child)
+    shown = b""
+    try:
+        while part := os.read(parent, 4096):
+            shown += part
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(parent)
+    return shown.decode()
+
+
+def test_a_terminal_has_a_bar() -> None:
+    shown = on_a_terminal(LOOP)
+    assert "counting: 100%" in shown and "3/3" in shown
+
+
+@pytest.mark.parametrize(
+    ("code", "line"), [(LOOP, r"counting: 3 numbers, \d+\.\d s\n"), (BYTES, r"fetching: 2\.50MB, \d+\.\d s\n")]
+)
+def test_a_pipe_has_one_line_a_stage(code: str, line: str) -> None:
+    assert re.fullmatch(line, in_a_pipe(code))
+
+
+def test_a_loop_that_is_left_early_is_a_finished_stage() -> None:
+    code = "from cbd_hub.progress import *\nfor i in progress_bar(range(9), 'looking'):\n    if i == 2: break"
+    assert re.fullmatch(r"looking: 2 items, \d+\.\d s\n", in_a_pipe(code))
+
+
+def test_a_stage_that_fails_is_not_called_finished() -> None:
+    code = """
+from cbd_hub.progress import *
+try:
+    with counter("writing") as add:
+        raise OSError
+except OSError:
+    pass
+"""
+    assert in_a_pipe(code) == ""
+
+
+@pytest.mark.parametrize("show", [in_a_pipe, on_a_terminal])
+def test_the_variable_of_the_hub_silences_both(show: object) -> None:
+    code = f"{LOOP}; stage_line('a stage')"
+    assert callable(show) and show(code, HF_HUB_DISABLE_PROGRESS_BARS="1") == ""
+
+
+def test_progress_that_is_not_wanted_shows_nothing() -> None:
+    code = (
+        "from cbd_hub.progress import *; list(progress_bar([1, 2], 'counting', enabled=False)); stage_line('a', False)"
+    )
+    assert in_a_pipe(code) == ""
+
+
+def test_a_generator_is_passed_on() -> None:
+    assert list(progress_bar((x * x for x in range(4)), "squaring", total=4)) == [0, 1, 4, 9]
