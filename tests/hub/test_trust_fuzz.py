@@ -1,4 +1,4 @@
-"""Every file of a chain altered at random, with the hashes as they were and with hashes that fit, as a forger has them.
+"""Every file of a chain altered at random, with the hashes as they were and with hashes that fit, as a forger has.
 
 What comes of it is a refusal in one line, the very same model, or the other one that the altered chain says it is.
 
