@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cbd_hub.alignment.align import align
 from cbd_hub.alignment.basis import rotate
-from cbd_hub.alignment.importance import collect, rank
+from cbd_hub.alignment.importance import collect
+from cbd_hub.alignment.ranking import rank
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes

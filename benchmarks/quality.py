@@ -29,7 +29,7 @@ from quality_arms import Pair
 from quality_seed import OURS, Bench, Made, Seed, speed_of
 from transformers import PreTrainedModel
 
-from cbd_hub.alignment.importance import rank
+from cbd_hub.alignment.ranking import rank
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.sizing import Sizes, count_parameters, parse_count, solve
 

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbd_hub import Chain, build_chain
-from cbd_hub.alignment.importance import rank
+from cbd_hub.alignment.ranking import rank
 from cbd_hub.alignment.ready_made import load_ready_made
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.sizing import Sizes, parse_count

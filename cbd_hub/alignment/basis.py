@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cbd_hub.alignment.importance import observe
+from cbd_hub.alignment.observe import observe
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
 from cbd_hub.errors import AxisMapError
@@ -111,7 +111,7 @@ def _check(axis_map: AxisMap) -> None:
     if why:
         raise AxisMapError(
             f"the residual stream of {axis_map.model_type!r} cannot be rotated: {why}. Keep its native basis; its "
-            "hidden units are then ranked by importance (cbd_hub.alignment.importance.rank)."
+            "hidden units are then ranked by importance (cbd_hub.alignment.ranking.rank)."
         )
 
 

@@ -1,43 +1,28 @@
-"""Which units matter: from activation statistics to an order of every axis that shrinks.
+"""Which units matter: from activation statistics to a number for every unit of every axis that shrinks.
 
-An anchor starts as a subset of its larger neighbor, so something must say which ffn units, heads, hidden units and
-layers to keep. A unit's importance is what it adds to the residual stream: its squared activation times the squared
-norm of the weights that carry it there, as a share of what all units of the layer add for that token, averaged over
-tokens. Shares, because the first position of a sequence carries activations a thousand times the others' and would
-otherwise decide alone. Layers do not add up like that, so whole sets of layers are left out for real and compared by
-their loss.
-
-Everything is deterministic: ties are settled by index, and nothing is drawn at random.
+An anchor starts as a subset of its larger neighbor, so something must say which ffn units, heads and hidden units to
+keep. A unit's importance is what it adds to the residual stream: its squared activation times the squared norm of the
+weights that carry it there, as a share of what all units of the layer add for that token, averaged over tokens.
+Shares, because the first position of a sequence carries activations a thousand times the others' and would otherwise
+decide alone.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from cbd_hub.alignment.observe import observe
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.grammar import Layout, product
 from cbd_hub.axes.sizing import Sizes
-from cbd_hub.errors import AxisMapError, RecipeError, SizeError
-from cbd_hub.evaluation.held_out import evaluate_loss
-from cbd_hub.manifest.index_maps import IndexMap
-from cbd_hub.progress import progress_bar
-from cbd_hub.text.packing import token_batches
+from cbd_hub.errors import RecipeError
 
-__all__ = ["Statistics", "bypass_layers", "collect", "from_weights", "observe", "rank", "token_energy"]
+__all__ = ["Statistics", "collect", "from_weights", "token_energy"]
 
-MAX_EVALUATIONS = 40
-"""Losses that are measured to choose the layers to drop."""
-MAX_SINGLE_DROPS = 24
-"""Of these, layers that are left out alone; the most transforming ones (1 - cos) are not even tried."""
-CALIBRATION_TOKENS = 4096
-"""Predicted tokens of each of these losses."""
 
 _DEEP_MIDDLE = 0.7
 """Relative depth around which layers are dropped when there is no data to measure them with."""
@@ -71,56 +56,6 @@ def token_energy(x: Tensor, center: bool = False) -> Tensor:
         x = x - x.mean(-1, keepdim=True)
     square = x.square()
     return square / square.mean(-1, keepdim=True).clamp(min=torch.finfo(square.dtype).tiny)
-
-
-@torch.inference_mode()
-def observe(
-    model: PreTrainedModel,
-    blocks: Tensor,
-    batch_size: int,
-    before: Mapping[str, Callable[[Tensor], None]],
-    after: Mapping[str, Callable[[Tensor, Tensor], None]] | None = None,
-) -> int:
-    """Streams token blocks through a model (without its head) once and shows what passes through some modules.
-
-    The model's mode and hooks are left as they were.
-
-    Args:
-        model: Any transformers causal language model, run on the device that it is on.
-        blocks: (N, S) token ids.
-        batch_size: Blocks in a forward pass.
-        before: Module name → called with the module's input, flattened to (tokens, units).
-        after: Module name → called with its input and output, both flattened.
-
-    Returns:
-        The number of tokens.
-
-    Raises:
-        RecipeError: There is no token to see.
-    """
-    if blocks.ndim != 2 or not blocks.numel():
-        raise RecipeError(f"calibration blocks have shape {tuple(blocks.shape)}; expected (blocks, tokens), not empty")
-
-    def flat(value: Any) -> Tensor:
-        value = value[0] if isinstance(value, tuple) else value
-        return value.reshape(-1, value.shape[-1])
-
-    was_training, handles = model.training, []
-    try:
-        for name, look in before.items():
-            hook = partial(lambda look, _, args: look(flat(args)), look)
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
-        for name, compare in (after or {}).items():
-            hook = partial(lambda compare, _, args, out: compare(flat(args), flat(out)), compare)
-            handles.append(model.get_submodule(name).register_forward_hook(hook))
-        model.eval()
-        for batch in token_batches(blocks, batch_size):
-            model.base_model(input_ids=batch.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
-    return blocks.numel()
 
 
 def collect(
@@ -243,136 +178,6 @@ def from_weights(state_dict: Mapping[str, Tensor], axis_map: AxisMap, sizes: Siz
     layers = np.abs(depth - _DEEP_MIDDLE * (num_layers - 1))
     layers[(depth < 2) | (depth >= num_layers - 2)] += num_layers
     return Statistics(units=units, hidden=written * read, layers=layers)
-
-
-@contextmanager
-def bypass_layers(model: PreTrainedModel, axis_map: AxisMap, layers: Collection[int]) -> Iterator[None]:
-    """Within the context, some layers pass the residual stream on as it is, at no cost.
-
-    The layers stay where they are, so every other layer keeps its own entry of ``layer_types`` and the like; the
-    result is that of a model without these layers (but for a cache, which must not be used).
-    """
-
-    def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
-
-    stack = model.get_submodule(axis_map.layers_name)
-    modules: list[nn.Module] = [stack.get_submodule(str(layer)) for layer in layers]
-    previous = [vars(module).get("forward") for module in modules]
-    try:
-        for module in modules:
-            vars(module)["forward"] = skip
-        yield
-    finally:
-        for module, forward in zip(modules, previous, strict=True):
-            if forward is None:
-                vars(module).pop("forward", None)
-            else:
-                vars(module)["forward"] = forward
-
-
-def rank(
-    model: PreTrainedModel,
-    axis_map: AxisMap,
-    large: Sizes,
-    small: Sizes,
-    blocks: Tensor | None,
-    prefix_hidden: bool = False,
-    progress: bool = False,
-) -> IndexMap:
-    """Decides which units of a model its smaller neighbor keeps, and the order in which the others come back.
-
-    Units of an axis are ordered by importance, best first, so that every size in between is a prefix. Layers are
-    chosen by loss: contiguous spans of the middle, the layers that cost least alone and those that turn the stream
-    least (1 - cos) compete as whole sets, because the costs of single layers do not add up.
-
-    Args:
-        model: The larger model; ``axis_map`` is its own and ``large`` its sizes.
-        small: Sizes of the smaller neighbor; axes that do not differ get no order.
-        blocks: (N, S) token ids to calibrate on, which must be no test text; None to look at the weights alone.
-        prefix_hidden: The hidden units are in order already (see :mod:`cbd_hub.alignment.basis`).
-        progress: Show progress bars.
-
-    Returns:
-        Orders int32, energies float32 (only where ``hidden`` differs and blocks are given), layers int64.
-
-    Cost: one forward pass over the blocks, and where layers differ at most 40 more over 4,096 tokens.
-
-    Raises:
-        SizeError: ``large`` is not the model's, or ``small`` is no smaller neighbor of it.
-        AxisMapError: An axis that differs is read by no matrix of the map.
-        RecipeError: ``blocks`` holds no token.
-    """
-    if (own := axis_map.sizes(model.config)) != dict(large):
-        raise SizeError(f"the model has sizes {own}; got {dict(large)}")
-    differing = [axis for axis in large if small[axis] != large[axis]]
-    if wrong := [a for a in differing if a in axis_map.frozen or not 0 < small[a] < large[a]]:
-        raise SizeError(
-            f"axis {wrong[0]!r} is {large[wrong[0]]} and cannot become {small[wrong[0]]}: a smaller neighbor keeps "
-            f"{', '.join(axis_map.frozen)} and has at least one and at most as many units on every other axis"
-        )
-    if blocks is None:
-        statistics = from_weights(model.state_dict(), axis_map, large)
-    else:
-        statistics = collect(model, axis_map, large, blocks)
-    orders, energy = {}, {}
-    for axis in differing:
-        if axis == "hidden":
-            energy = {gain: value.astype(np.float32) for gain, value in statistics.energy.items()}
-            if not prefix_hidden:
-                orders[axis] = _best_first(statistics.hidden)
-        elif axis in statistics.units:
-            orders[axis] = _best_first(statistics.units[axis])
-        elif axis != "layers":
-            raise AxisMapError(f"axis {axis!r} shrinks, but no matrix of {axis_map.model_type!r} reads it")
-    layers = np.arange(large["layers"], dtype=np.int64)
-    if "layers" in differing:
-        layers = _order_layers(model, axis_map, statistics.layers, small["layers"], blocks, progress)
-    return IndexMap(layers, orders, energy)
-
-
-def _order_layers(
-    model: PreTrainedModel, axis_map: AxisMap, turn: np.ndarray, keep: int, blocks: Tensor | None, progress: bool
-) -> np.ndarray:
-    """The kept layers, ascending, then the dropped ones, the one that costs most to leave out first."""
-    num_layers = len(turn)
-    count, middle = num_layers - keep, _droppable(num_layers, num_layers - keep)
-    cost = turn
-    losses: dict[tuple[int, ...], float] = {}
-    candidates = [_lowest(middle, turn, turn, count)]
-    if blocks is not None:
-
-        def measure(sets: Sequence[tuple[int, ...]], what: str) -> None:
-            for dropped in progress_bar(sets, what, unit="set", enabled=progress):
-                with bypass_layers(model, axis_map, dropped):
-                    losses[dropped] = evaluate_loss(model, blocks, max_tokens=CALIBRATION_TOKENS).loss
-
-        measure([(i,) for i in _lowest(middle, turn, turn, MAX_SINGLE_DROPS)], "layers one by one")
-        cost = np.array([losses.get((i,), np.inf) for i in range(num_layers)])
-        spans = [tuple(middle[i : i + count]) for i in range(len(middle) - count + 1)]
-        spans.sort(key=lambda span: (turn[list(span)].sum(), span))
-        candidates = list(dict.fromkeys([_lowest(middle, cost, turn, count), *candidates, *spans]))
-        new = [dropped for dropped in candidates if dropped not in losses]
-        measure(new[: MAX_EVALUATIONS - len(losses)], "sets of layers")
-    best = min(candidates, key=lambda dropped: losses.get(dropped, np.inf))
-    back = sorted(best, key=lambda i: (-cost[i], -turn[i], i))
-    return np.array([i for i in range(num_layers) if i not in best] + back, dtype=np.int64)
-
-
-def _droppable(num_layers: int, count: int) -> list[int]:
-    """The layers between the vital first and last ones, as long as enough of them can be dropped."""
-    for first, last in ((2, 2), (1, 1), (1, 0)):
-        if num_layers - first - last >= count and (num_layers >= 8 or first + last < 4):
-            break
-    return list(range(first, num_layers - last))
-
-
-def _lowest(layers: Sequence[int], key: np.ndarray, tie: np.ndarray, count: int) -> tuple[int, ...]:
-    return tuple(sorted(sorted(layers, key=lambda i: (key[i], tie[i], i))[:count]))
-
-
-def _best_first(importance: np.ndarray) -> np.ndarray:
-    return np.argsort(-importance, axis=-1, kind="stable").astype(np.int32)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

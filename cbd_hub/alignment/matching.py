@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cbd_hub.alignment.importance import observe
+from cbd_hub.alignment.observe import observe
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.grammar import product
 from cbd_hub.progress import progress_bar

@@ -32,7 +32,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.alignment.basis import rotate
-from cbd_hub.alignment.importance import rank
+from cbd_hub.alignment.ranking import rank
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.build.settings import BridgeConfig, Way
 from cbd_hub.errors import AxisMapError, RecipeError

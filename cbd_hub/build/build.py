@@ -18,7 +18,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from cbd_hub.alignment.basis import rotate
-from cbd_hub.alignment.importance import rank
+from cbd_hub.alignment.ranking import rank
 from cbd_hub.alignment.ready_made import check_neighbors, load_ready_made
 from cbd_hub.axes.architectures import axis_map_for, register_axis_map
 from cbd_hub.axes.axis_map import AxisMap

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.losses.distillation import distillation_loss, hidden_and_head
+from cbd_hub.losses.distillation import distillation_loss
+from cbd_hub.losses.heads import hidden_and_head
 from cbd_hub.progress import progress_bar
 from cbd_hub.text.documents import Documents
 from cbd_hub.text.packing import block_batches, token_batches

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.losses.distillation import Head, head_sums
+from cbd_hub.losses.chunked import Head, head_sums
 from cbd_hub.losses.divergences import Divergence
 from cbd_hub.losses.names import DivergenceName
 from cbd_hub.text.token_groups import TokenAligner

@@ -1,44 +1,26 @@
-"""Distillation losses, chunked over tokens so that full-vocabulary logits never pile up.
+"""Distillation losses: cross-entropy with the labels, and a divergence from a teacher.
 
-A batch of 8 x 512 tokens over 49,152 words is 0.8 GB of float32 logits, and a student, a teacher and their
-softmaxes need several such tensors. Yet the loss is a sum over tokens, so it can be walked a hundred
-tokens at a time. For a linear head the gradient of each chunk has a closed form,
+The gradient of each chunk of tokens (:mod:`cbd_hub.losses.chunked`) has a closed form,
 
     d CE / d logits = softmax(z) - onehot(label)        d KL / d logits = (softmax(z/T) - softmax(t/T)) / T,
 
-(:mod:`cbd_hub.losses.divergences` has those of the other divergences), so it is taken while the chunk's logits exist
-and nothing has to be kept or computed again for the backward pass. Any other head is walked with activation
-checkpointing, which costs a second forward pass of the head.
+and :mod:`cbd_hub.losses.divergences` has those of the other divergences.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeGuard
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from cbd_hub.errors import RecipeError
+from cbd_hub.losses.chunked import Head, head_sums, wide_dtype
 from cbd_hub.losses.divergences import Divergence
 from cbd_hub.losses.names import DivergenceName
 
-__all__ = ["Head", "LossTerms", "Objective", "distillation_loss", "head_sums", "hidden_and_head", "hidden_state_loss"]
-
-Head = Callable[[Tensor], Tensor]
-"""A language-model head: maps hidden states (..., H) to logits (..., V)."""
-
-# Config fields by which families alter logits behind the head (Gemma 2, Cohere, Granite, Falcon-H1 and others).
-_LOGIT_FIELDS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
+__all__ = ["LossTerms", "distillation_loss"]
 
 
 class LossTerms(NamedTuple):
@@ -53,43 +35,6 @@ class LossTerms(NamedTuple):
     detached."""
     num_tokens: int
     """Predicted tokens in this batch (labels that are not -100, less the first column)."""
-
-
-def hidden_and_head(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> tuple[Tensor, Head]:
-    """Runs a causal language model up to its head, so that the head can be applied to a few tokens at a time.
-
-    ``head(hidden)`` equals ``model(input_ids).logits``. A family that alters the logits behind its head (soft
-    capping, scaling) is run to the end instead: then `hidden` holds the logits and `head` returns its input.
-
-    Args:
-        model: any transformers causal language model.
-        input_ids: (B, S) token ids.
-        attention_mask: (B, S), 0 where a token is padding.
-        position_ids: (B, S), starting again with each document of a packed block; None counts through.
-
-    Returns:
-        hidden states (B, S, H) and the head, a map from (..., H) to logits (..., V).
-
-    Raises:
-        RecipeError: the model has no output embeddings, so it is not a language model.
-
-    B batch, S sequence, H hidden size, V vocabulary.
-    """
-    config = model.config.get_text_config()
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if position_ids is not None:
-        inputs["position_ids"] = position_ids
-    if any(getattr(config, field, None) not in (None, 1.0) for field in _LOGIT_FIELDS):
-        return model(**inputs).logits, nn.Identity()
-    head = model.get_output_embeddings()
-    if head is None:
-        raise RecipeError(f"{type(model).__name__} has no head; load it with AutoModelForCausalLM.")
-    return model.base_model(**inputs).last_hidden_state, head
 
 
 def distillation_loss(
@@ -169,79 +114,6 @@ def distillation_loss(
     return LossTerms(total / items, ce_sum.detach() / items, kl_sum.detach() / items, len(hidden))
 
 
-def hidden_state_loss(
-    student_states: Sequence[Tensor],
-    teacher_states: Sequence[Tensor],
-    kept: Tensor | None = None,
-    mask: Tensor | None = None,
-    *,
-    kind: Literal["mse", "cosine"] = "mse",
-    num_items: int | Tensor | None = None,
-) -> Tensor:
-    """Distance between matching hidden states, normalized per token, meaned over layers and tokens.
-
-    ``"mse"`` is ``|s - t|^2 / |t|^2`` and ``"cosine"`` is ``1 - cos(s, t)``, in float32. The normalization is
-    per token because the first position of a sequence carries activations a thousand times those of the
-    others and would otherwise be all that is learned. No gradient reaches the teacher.
-
-    Args:
-        student_states: L tensors (B, S, Hs).
-        teacher_states: L tensors (B, S, Ht), matched one to one.
-        kept: (Hs,) the teacher's hidden coordinates that the student kept, in the student's order; None when
-            Ht = Hs.
-        mask: (B, S), false where a token is padding.
-        kind: "mse" or "cosine".
-        num_items: tokens to divide by (see :func:`distillation_loss`); by default the unmasked ones of this
-            batch.
-
-    Raises:
-        RecipeError: the numbers of layers or the widths disagree, there is no layer, or `kind` is unknown.
-
-    L layers compared, B batch, S sequence, Hs / Ht hidden size of student / teacher.
-    """
-    if not student_states or len(student_states) != len(teacher_states):
-        raise RecipeError(
-            f"Got {len(student_states)} student and {len(teacher_states)} teacher states; pass them in pairs."
-        )
-    if kind not in ("mse", "cosine"):
-        raise RecipeError(f"Unknown kind of hidden-state loss {kind!r}; use 'mse' or 'cosine'.")
-    total = student_states[0].new_zeros((), dtype=_wide(student_states[0].dtype))
-    for student, teacher in zip(student_states, teacher_states, strict=True):
-        s = student.to(_wide(student.dtype))
-        t = teacher.detach().to(s.dtype)
-        t = t if kept is None else t.index_select(-1, kept)
-        if s.shape != t.shape:
-            raise RecipeError(
-                f"A student state {tuple(s.shape)} meets a teacher state {tuple(t.shape)}"
-                f"{'' if kept is None else ' (after `kept`)'}; pass the `kept` that made the student."
-            )
-        if kind == "mse":
-            distance = (s - t).square().sum(-1) / (t.square().sum(-1) + 1e-6)
-        else:
-            distance = 1 - F.cosine_similarity(s, t, dim=-1)
-        total = total + (distance if mask is None else distance.masked_fill(mask == 0, 0.0)).sum()
-    if num_items is None:
-        tokens = student_states[0][..., 0].numel() if mask is None else mask.count_nonzero().clamp(min=1)
-    else:
-        tokens = num_items
-    return total / (tokens * len(student_states))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the loss arithmetic: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _is_plain_linear(head: Head) -> TypeGuard[nn.Linear]:
-    """Whether calling `head` does nothing but ``F.linear`` (no hook, no offloading wrapper, no adapter)."""
-    return (
-        type(head) is nn.Linear
-        and "forward" not in vars(head)
-        and not head._forward_hooks
-        and not head._forward_pre_hooks
-    )
-
-
 @dataclass(frozen=True)
 class _Objective:
     """What the student's logits are compared with: N tokens, walked in chunks."""
@@ -271,7 +143,7 @@ class _Objective:
                 f"The student's vocabulary has {logits.shape[-1]} entries, the teacher's {teacher.shape[-1]}. KL "
                 "needs one vocabulary: use one tokenizer, and resize a padded embedding to the other's size."
             )
-        return self.log_probabilities(teacher.to(_wide(logits.dtype)))
+        return self.log_probabilities(teacher.to(wide_dtype(logits.dtype)))
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """``log_softmax(logits / T)``, both (n, V)."""
@@ -280,7 +152,7 @@ class _Objective:
     def sums(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted sum, CE and divergence summed over some rows; differentiable in `logits` (n, V)."""
         target = self.teacher_log_probabilities(rows, logits)
-        logits = logits.to(_wide(logits.dtype))
+        logits = logits.to(wide_dtype(logits.dtype))
         ce = F.cross_entropy(logits, self.labels[rows], reduction="sum")
         kl = ce.new_zeros(())
         if target is not None:
@@ -290,7 +162,7 @@ class _Objective:
     def sums_and_gradient(self, logits: Tensor, rows: slice) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """The same as :meth:`sums`, and the weighted sum's gradient (n, V) in the logits, in closed form."""
         target = self.teacher_log_probabilities(rows, logits)
-        logits = logits.to(_wide(logits.dtype))
+        logits = logits.to(wide_dtype(logits.dtype))
         labels = self.labels[rows, None]
         log_p = torch.log_softmax(logits, -1)
         ce = -log_p.gather(1, labels).sum()
@@ -304,79 +176,3 @@ class _Objective:
             gradient.mul_(self.kl * self.temperature).add_(log_p.exp(), alpha=self.ce)
         gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, -self.ce))
         return (self.ce * ce + self.kl * kl, ce, kl), gradient
-
-
-class Objective(Protocol):
-    """What a student's logits are judged by, a chunk of tokens at a time."""
-
-    def chunks(self) -> Iterator[slice]:
-        """Slices of the tokens; at least one, possibly empty."""
-
-    def sums(self, logits: Tensor, rows: slice) -> tuple[Tensor, ...]:
-        """The loss over some rows, and its terms; the loss is differentiable in `logits` (n, V)."""
-
-    def sums_and_gradient(self, logits: Tensor, rows: slice) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The same, and the loss's gradient (n, V) in the logits."""
-
-
-def head_sums(hidden: Tensor, head: Head, objective: Objective) -> tuple[Tensor, ...]:
-    """Returns the loss of all tokens and its terms, none but the loss differentiable, from hidden states (N, H).
-
-    Cost: logits of a chunk at a time. A linear head runs once, as gradients are taken in the forward pass; any other
-        head runs again in the backward pass.
-    """
-    if torch.is_grad_enabled() and _is_plain_linear(head):
-        linear: tuple[Tensor, ...] = _LinearHeadSums.apply(hidden, head.weight, head.bias, objective)
-        return linear
-
-    def sums(rows: slice) -> tuple[Tensor, ...]:
-        return objective.sums(head(hidden[rows]), rows)
-
-    parts = [checkpoint(sums, rows, use_reentrant=False) for rows in objective.chunks()]
-    return tuple(torch.stack(terms).sum() for terms in zip(*parts, strict=True))
-
-
-class _LinearHeadSums(torch.autograd.Function):
-    """The sums for a linear head; gradients are taken chunk by chunk in the forward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, objective: Objective
-    ) -> tuple[Tensor, ...]:
-        """Args: hidden (N, H), weight (V, H), bias (V,). Returns the loss and its terms."""
-        inputs = (hidden, weight, bias)
-        gradients = [
-            torch.zeros_like(x, dtype=_wide(x.dtype)) if x is not None and needed else None
-            for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
-        ]
-        in_hidden, in_weight, in_bias = gradients
-        parts = []
-        for rows in objective.chunks():
-            logits = F.linear(hidden[rows], weight, bias)
-            sums, gradient = objective.sums_and_gradient(logits, rows)
-            parts.append([x.detach() for x in sums])
-            if in_bias is not None:
-                in_bias += gradient.sum(0, dtype=in_bias.dtype)
-            gradient = gradient.to(logits.dtype)
-            if in_hidden is not None:
-                in_hidden[rows] = (gradient @ weight).to(in_hidden.dtype)
-            if in_weight is not None:
-                if in_weight.dtype == gradient.dtype == hidden.dtype:
-                    in_weight.addmm_(gradient.T, hidden[rows])  # without a second (V, H)
-                else:
-                    in_weight += gradient.T @ hidden[rows]
-            del logits, sums, gradient  # or they would live beside the next chunk's
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        ctx.save_for_backward(*gradients)
-        loss, *terms = (torch.stack(values).sum() for values in zip(*parts, strict=True))
-        ctx.mark_non_differentiable(*terms)
-        return loss, *terms
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Scales the gradients that the forward pass left."""
-        return *(
-            None if gradient is None else (gradient * grad_total).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ), None

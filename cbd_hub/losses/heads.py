@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from cbd_hub.losses.distillation import Head, hidden_and_head
+from cbd_hub.errors import RecipeError
+from cbd_hub.losses.chunked import Head
 from cbd_hub.manifest.index_maps import IndexMap
 
-__all__ = ["head_of", "kept_hidden", "run_model", "unhooked"]
+__all__ = ["head_of", "hidden_and_head", "kept_hidden", "run_model", "unhooked"]
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -54,3 +55,50 @@ def kept_hidden(index_map: IndexMap, small_hidden: int, large_hidden: int) -> Te
     """Returns the teacher's hidden coordinates that the student kept, (small_hidden,) int64; None for all in order."""
     kept = torch.from_numpy(index_map.order("hidden", None, large_hidden)[:small_hidden].copy())
     return None if torch.equal(kept, torch.arange(large_hidden)) else kept
+
+
+# Config fields by which families alter logits behind the head (Gemma 2, Cohere, Granite, Falcon-H1 and others).
+_LOGIT_FIELDS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+
+
+def hidden_and_head(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> tuple[Tensor, Head]:
+    """Runs a causal language model up to its head, so that the head can be applied to a few tokens at a time.
+
+    ``head(hidden)`` equals ``model(input_ids).logits``. A family that alters the logits behind its head (soft
+    capping, scaling) is run to the end instead: then `hidden` holds the logits and `head` returns its input.
+
+    Args:
+        model: any transformers causal language model.
+        input_ids: (B, S) token ids.
+        attention_mask: (B, S), 0 where a token is padding.
+        position_ids: (B, S), starting again with each document of a packed block; None counts through.
+
+    Returns:
+        hidden states (B, S, H) and the head, a map from (..., H) to logits (..., V).
+
+    Raises:
+        RecipeError: the model has no output embeddings, so it is not a language model.
+
+    B batch, S sequence, H hidden size, V vocabulary.
+    """
+    config = model.config.get_text_config()
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
+    if any(getattr(config, field, None) not in (None, 1.0) for field in _LOGIT_FIELDS):
+        return model(**inputs).logits, nn.Identity()
+    head = model.get_output_embeddings()
+    if head is None:
+        raise RecipeError(f"{type(model).__name__} has no head; load it with AutoModelForCausalLM.")
+    return model.base_model(**inputs).last_hidden_state, head

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbd_hub.errors import RecipeError
 from cbd_hub.progress import counter
 from cbd_hub.text.documents import read_source
-from cbd_hub.text.generators import Generator, LocalGenerator, ServerGenerator
+from cbd_hub.text.generators import Generator, LocalGenerator
+from cbd_hub.text.served_model import ServerGenerator
 from cbd_hub.text.settings import DatasetSource, GenerationConfig, Sampling, SourceConfig
 
 __all__ = [

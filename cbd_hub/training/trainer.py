@@ -5,7 +5,7 @@ Three terms, each a mean per predicted token, make up the loss:
     loss = ce * CE(labels) + kl * T^2 KL(teacher || student) + hidden * |s - t|^2 / |t|^2
 
 The last states are taken behind the final norm, as the head reads them, and the head is applied to a few hundred
-tokens at a time (:mod:`cbd_hub.losses.distillation`). DDP, FSDP and DeepSpeed prepare a model's weights around *one*
+tokens at a time (:mod:`cbd_hub.losses.chunked`). DDP, FSDP and DeepSpeed prepare a model's weights around *one*
 call of its forward: under FSDP a weight used after it is a shard, under DDP one that goes unaccounted. So while a
 batch is computed, the student's forward is redirected to :class:`_Objective`, which runs student, teacher and losses
 inside that call. The student itself stays what is wrapped, saved and named.
@@ -23,8 +23,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from cbd_hub.errors import RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.losses.cross_vocabulary import Across, cross_vocabulary_loss
-from cbd_hub.losses.distillation import distillation_loss, hidden_state_loss
+from cbd_hub.losses.distillation import distillation_loss
 from cbd_hub.losses.heads import head_of, run_model, unhooked
+from cbd_hub.losses.hidden_states import hidden_state_loss
 from cbd_hub.text.packing import block_batches
 from cbd_hub.training.settings import DistillationConfig
 

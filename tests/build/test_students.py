@@ -4,7 +4,7 @@ import torch
 from datasets import Dataset
 from tiny_models import tiny_config, tiny_model
 
-from cbd_hub.alignment.importance import rank
+from cbd_hub.alignment.ranking import rank
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.build.students import cut_student, refit_if_better
 from cbd_hub.evaluation.held_out import evaluate_loss

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
 
-from cbd_hub.alignment.importance import rank
+from cbd_hub.alignment.ranking import rank
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
 from cbd_hub.files import whole_folder

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cbd_hub.errors import RecipeError
 from cbd_hub.losses.cross_vocabulary import CrossTerms, cross_vocabulary_loss
-from cbd_hub.losses.distillation import distillation_loss, hidden_and_head
+from cbd_hub.losses.distillation import distillation_loss
 from cbd_hub.losses.divergences import Divergence
+from cbd_hub.losses.heads import hidden_and_head
 from cbd_hub.losses.names import DivergenceName
 from cbd_hub.text.packing import train_tokenizer
 from cbd_hub.text.token_groups import TokenAligner

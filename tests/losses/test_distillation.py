@@ -7,14 +7,14 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import VARIANTS, tiny_config, tiny_model
+from tiny_models import tiny_config, tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.losses.distillation import distillation_loss, hidden_and_head, hidden_state_loss
+from cbd_hub.losses.distillation import distillation_loss
 from cbd_hub.losses.divergences import Divergence
+from cbd_hub.losses.heads import hidden_and_head
 from cbd_hub.losses.names import DivergenceName
 
 B, S, HS, HT, V = 4, 9, 16, 24, 61
@@ -401,112 +401,3 @@ def test_divergences_stay_below_their_bounds(name: str) -> None:
     value = Divergence.named(name, skew=0.25).value(log_p, log_q).item()
     bound = {"js": math.log(2), "skewed_kl": math.log(4), "skewed_reverse_kl": math.log(4)}.get(name)
     assert (0 < value <= bound * (1 + 1e-6)) if bound else value > 10
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_hidden_and_head_equals_logits(variant: str) -> None:
-    family, overrides = VARIANTS[variant]
-    model = tiny_model(tiny_config(family, **overrides), torch.float64)
-    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[0, 8:] = 0
-    for attention_mask in (None, mask):
-        with torch.inference_mode():
-            hidden, head = hidden_and_head(model, ids, attention_mask)
-            assert relative(head(hidden), model(ids, attention_mask=attention_mask).logits) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("family", "field", "value"),
-    [
-        ("gemma2", "final_logit_softcapping", 3.0),
-        ("cohere", "logit_scale", 0.25),
-        ("granite", "logits_scaling", 4.0),
-    ],
-)
-def test_logits_altered_behind_the_head_are_honored(family: str, field: str, value: float) -> None:
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=0,
-        **{field: value},
-    )
-    model = tiny_model(config, torch.float64)
-    ids = torch.arange(3, 15).reshape(2, 6)
-    with torch.inference_mode():
-        hidden, head = hidden_and_head(model, ids)
-        assert relative(head(hidden), model(ids).logits) < 1e-12
-        assert relative(model.lm_head(model.base_model(ids).last_hidden_state), model(ids).logits) > 0.01
-
-
-def test_a_model_without_a_head_is_refused() -> None:
-    model = tiny_model(tiny_config("llama")).base_model
-    with pytest.raises(RecipeError, match="LlamaModel has no head"):
-        hidden_and_head(model, torch.ones(1, 3, dtype=torch.long))
-
-
-def make_states() -> tuple[list[Tensor], list[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    student = [torch.randn(B, S, HS, generator=generator, requires_grad=True) for _ in range(3)]
-    teacher = [torch.randn(B, S, HT, generator=generator) for _ in range(3)]
-    return student, teacher, torch.randperm(HT, generator=generator)[:HS]
-
-
-def test_hidden_state_loss_equals_the_plain_formula() -> None:
-    student, teacher, kept = make_states()
-    mask = torch.ones(B, S, dtype=torch.long)
-    mask[1, 4:] = 0
-    pairs = [(s[mask == 1], t[..., kept][mask == 1]) for s, t in zip(student, teacher, strict=True)]
-    mse = torch.stack([((s - t) ** 2).sum(-1) / (t**2).sum(-1) for s, t in pairs]).mean()
-    cosine = torch.stack([1 - F.cosine_similarity(s, t, dim=-1) for s, t in pairs]).mean()
-    for kind, expected in (("mse", mse), ("cosine", cosine)):
-        got = hidden_state_loss(student, teacher, kept, mask, kind=kind)
-        assert relative(got, expected) < 1e-5
-        expected_gradients = torch.autograd.grad(expected, student, retain_graph=True)
-        for a, b in zip(gradients(got, *student), expected_gradients, strict=True):
-            assert relative(a, b) < 1e-4
-    double = hidden_state_loss(student, teacher, kept, mask, num_items=2 * int(mask.sum()))
-    assert relative(2 * double, mse) < 1e-5
-
-
-def test_hidden_state_loss_of_the_kept_teacher_is_zero() -> None:
-    _, teacher, kept = make_states()
-    exact = [t[..., kept] for t in teacher]
-    assert hidden_state_loss(exact, teacher, kept).item() == 0
-    assert hidden_state_loss([3 * t for t in exact], teacher, kept, kind="cosine").item() == pytest.approx(0, abs=1e-6)
-
-
-def test_one_huge_position_does_not_rule_the_hidden_state_loss() -> None:
-    student, teacher, kept = make_states()
-    scaled_student, scaled_teacher = [s.detach().clone() for s in student], [t.clone() for t in teacher]
-    for states in (scaled_student, scaled_teacher):
-        for state in states:
-            state[:, 0] *= 1000
-    plain = hidden_state_loss(student, teacher, kept)
-    assert hidden_state_loss(scaled_student, scaled_teacher, kept).item() == pytest.approx(plain.item(), rel=1e-4)
-
-
-def test_hidden_state_loss_of_a_masked_batch_is_zero() -> None:
-    student, teacher, kept = make_states()
-    loss = hidden_state_loss(student, teacher, kept, torch.zeros(B, S))
-    loss.backward()
-    assert loss.item() == 0
-    assert all(state.grad.count_nonzero() == 0 for state in student)
-
-
-def test_hidden_state_loss_refuses_what_does_not_match() -> None:
-    student, teacher, kept = make_states()
-    with pytest.raises(RecipeError, match="3 student and 2 teacher"):
-        hidden_state_loss(student, teacher[:2], kept)
-    with pytest.raises(RecipeError, match="0 student and 0 teacher"):
-        hidden_state_loss([], [])
-    with pytest.raises(RecipeError, match=r"\(4, 9, 16\) meets a teacher state \(4, 9, 24\)"):
-        hidden_state_loss(student, teacher)
-    with pytest.raises(RecipeError, match="'l1'; use 'mse' or 'cosine'"):
-        hidden_state_loss(student, teacher, kept, kind="l1")  # type: ignore[arg-type]

@@ -17,8 +17,9 @@ from tiny_text import make_documents, make_text
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.text.generators import Continuation, LocalGenerator, ServerGenerator
+from cbd_hub.text.generators import Continuation, LocalGenerator
 from cbd_hub.text.packing import train_tokenizer
+from cbd_hub.text.served_model import ServerGenerator
 from cbd_hub.text.settings import DatasetSource, GenerationConfig, Sampling, ServerConfig
 from cbd_hub.text.synthesis import SHARD, corpus_prompts, fingerprint, keep, make_generator, read_prompts, synthesize
 
