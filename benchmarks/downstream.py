@@ -33,7 +33,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub import Chain
 from cbd_hub.errors import SizeError
-from cbd_hub.evaluation.tasks import ITEMS, TASKS, evaluate_tasks, read_items
+from cbd_hub.evaluation.task_items import ITEMS, TASKS, read_items
+from cbd_hub.evaluation.tasks import evaluate_tasks
 
 ROOT = Path(__file__).parents[1]
 POSITIONS = (0.5, 0.25, 0.75)  # the middle first: a run may be cut off

@@ -33,7 +33,7 @@ ROOMS = [
 ]
 
 MAX_LINES = 400
-MEDIAN_LINES = 230
+MEDIAN_LINES = 200
 MAX_MODULES = 10  # in a room, without its __init__
 NO_TORCH = (
     "axes",

