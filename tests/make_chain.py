@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, tiny_config, tiny_model
 from transformers import PreTrainedModel
 
@@ -22,25 +22,30 @@ from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import count_parameters
 from cbd_hub.chain.refine import save_calibration
-from cbd_hub.interpolation.checkpoints import checksum
+from cbd_hub.interpolation.checkpoints import checksum, checksum_file
+from cbd_hub.interpolation.control_points import factor_shapes
 from cbd_hub.interpolation.materialize import blend, build_model, target_config
 from cbd_hub.interpolation.operations import list_operations
 from cbd_hub.interpolation.pair import Pair
-from cbd_hub.manifest.index_maps import IndexMap, save_index_maps
+from cbd_hub.manifest.index_maps import IndexMap, load_index_maps, save_index_maps
 from cbd_hub.manifest.manifest import (
     CALIBRATION_NAME,
     CHECKSUMS_NAME,
+    CONTROL_POINTS_NAME,
     INDEX_MAPS_NAME,
     MANIFEST_NAME,
     Anchor,
+    ControlPoint,
     Manifest,
     file_entry,
+    read_manifest,
     write_manifest,
 )
 from cbd_hub.text.packing import train_tokenizer
 
 __all__ = [
     "add_calibration",
+    "add_control_points",
     "add_tokenizer",
     "edit_manifest",
     "labels",
@@ -199,6 +204,10 @@ def refresh(folder: Path) -> None:
             for file in sorted(place.glob("*.safetensors"))
             for key, value in load_file(file).items()
         }
+        control = folder / CONTROL_POINTS_NAME / f"{anchor['name']}.safetensors"
+        if control.exists():
+            anchor["control_point"]["file"] = file_entry(control).model_dump()
+            digests[f"{CONTROL_POINTS_NAME}/{anchor['name']}"] = checksum_file(control.parent, [control.name])
     if (folder / CHECKSUMS_NAME).exists():
         (folder / CHECKSUMS_NAME).write_text(json.dumps(digests), encoding="utf-8")
     for key, name in _FILES.items():
@@ -210,6 +219,29 @@ def refresh(folder: Path) -> None:
 def add_calibration(folder: Path, blocks: torch.Tensor) -> Path:
     """Lets a chain ship token ids (N, S) for ``refine``; returns its folder."""
     save_calibration(blocks, folder / CALIBRATION_NAME)
+    refresh(folder)
+    return folder
+
+
+def add_control_points(folder: Path, rank: int = 3, scale: float = 0.05, seed: int = 0) -> Path:
+    """Gives every pair of a chain a random control point; returns its folder."""
+    manifest = read_manifest(folder / MANIFEST_NAME)
+    maps = load_index_maps(manifest, folder / INDEX_MAPS_NAME if manifest.index_maps else None)
+    generator = torch.Generator().manual_seed(seed)
+    (folder / CONTROL_POINTS_NAME).mkdir(exist_ok=True)
+    for i, (large, small) in enumerate(itertools.pairwise(manifest.anchors)):
+        pair = Pair(manifest.resolved_axis_map, manifest.sizes(small), manifest.sizes(large), maps[small.name])
+        dtype = getattr(torch, large.dtype)
+        factors = {
+            name: (scale * torch.randn(shape, generator=generator)).to(dtype)
+            for name, shape in factor_shapes(pair, rank).items()
+        }
+        path = folder / f"{small.control_point_name}.safetensors"
+        save_file(factors, path)
+        measured = {"sizes": [small.num_parameters + 1], "losses": [1.0], "straight_losses": [2.0]}
+        record = ControlPoint(file=file_entry(path), rank=rank, tokens=9, seed=seed, together=True, **measured)
+        edit_manifest(folder, "anchors", i + 1, "control_point", value=record.model_dump(mode="json"))
+    edit_manifest(folder, "format", value=2)
     refresh(folder)
     return folder
 

@@ -10,12 +10,12 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
 
 from cbd_hub.alignment.basis import rotate
 from cbd_hub.alignment.ranking import rank
@@ -24,29 +24,25 @@ from cbd_hub.axes.architectures import axis_map_for, register_axis_map
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, ladder
 from cbd_hub.build.bridge import build_anchor_zero
+from cbd_hub.build.finish import BRIDGE_RECORD, STATE, finish_chain
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import AnchorSpec, Recipe, load_recipe, step_fingerprint
-from cbd_hub.build.students import cut_student
+from cbd_hub.build.students import curve_to_train, cut_student
 from cbd_hub.chain.chain import Chain
-from cbd_hub.chain.measure import measure_barriers, measure_curve, plot_chain
-from cbd_hub.chain.refine import save_calibration
 from cbd_hub.errors import OutputExistsError, RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
-from cbd_hub.hub import cards
 from cbd_hub.hub.load import load_model
 from cbd_hub.hub.read import Location
-from cbd_hub.interpolation.checkpoints import checksum_file
 from cbd_hub.interpolation.materialize import parse_dtype
+from cbd_hub.interpolation.pair import Pair
 from cbd_hub.manifest import manifest as manifests
 from cbd_hub.manifest.index_maps import IndexMap, read_index_map, save_index_maps
-from cbd_hub.manifest.manifest import Anchor, Bridge, Manifest, Training
+from cbd_hub.manifest.manifest import Anchor, ControlPoint, Training
 from cbd_hub.progress import stage_line
+from cbd_hub.training.curve import is_better, save_control_point
 from cbd_hub.training.distill import distill
 
 __all__ = ["build_chain"]
-
-_BRIDGE = "bridge.json"  # how anchor zero was founded, written before its step is
-_LIBRARIES = ("cbd_hub", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,10 @@ class _Made:
     index_map: IndexMap | None
     """Correspondence with the larger neighbor; None for the source."""
     basis: str
+    control_point: ControlPoint | None = None
+    """Of the curve to the larger neighbor, if one was trained."""
+    factors: Mapping[str, Tensor] | None = None
+    """What is stored of it; None where the straight line is no worse."""
 
 
 class _Build:
@@ -68,7 +68,7 @@ class _Build:
         self.recipe = recipe
         self.inputs = BuildInputs(recipe, base)
         self.output = output
-        self.state = output / ".build"
+        self.state = output / STATE
         self.progress = progress
         self.names: set[str] = set()
         if recipe.axis_map is not None:
@@ -102,7 +102,7 @@ class _Build:
 
         model, training, made = build_anchor_zero(bridge, on, self.state / "work", say=say, progress=self.progress)
         if PartialState().is_main_process:
-            _write_json(self.state / _BRIDGE, made.model_dump(mode="json"))
+            _write_json(self.state / BRIDGE_RECORD, made.model_dump(mode="json"))
         return model, training
 
     def _basis(self, axis_map: AxisMap, sizes: Sizes) -> str:
@@ -160,7 +160,9 @@ class _Build:
             )
         tokens = {} if spec.tokens is None else {"tokens": spec.tokens}
         config = self.recipe.distillation.model_copy(update=tokens)
-        if config.tokens == 0:
+        pair = Pair(axis_map, small, large, index_map)
+        curve = curve_to_train(student, teacher, pair, config, self.recipe.spread.layers_last)
+        if config.tokens == 0 and curve is None:
             training = Training(tokens=0, seed=config.seed)
         elif self.inputs.text is None:
             raise RecipeError("distillation.tokens is above 0 and the recipe has no `data`")
@@ -172,12 +174,16 @@ class _Build:
                 self.inputs.validation,
                 config,
                 index_map=index_map,
+                curve=curve,
                 work_dir=self.state / "work",
                 progress=self.progress,
             )
         if cut_loss is not None:
             training = training.model_copy(update={"cut_loss": cut_loss})
-        return _Made(name, student, training, index_map, basis)
+        if curve is None:
+            return _Made(name, student, training, index_map, basis)
+        record = curve.judge(self.inputs.validation or [])
+        return _Made(name, student, training, index_map, basis, record, curve.factors() if is_better(record) else None)
 
     def _rank(
         self, index: int, teacher: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, basis: str
@@ -215,6 +221,8 @@ class _Build:
         anchor = Anchor.model_validate_json(json.dumps(saved["anchor"]))
         for name, file in anchor.files.items():
             manifests.check_file(self.output / "anchors" / anchor.name / name, file)
+        if anchor.control_point is not None and anchor.control_point.file is not None:
+            manifests.check_file(self.output / f"{anchor.control_point_name}.safetensors", anchor.control_point.file)
         if parent is None:  # the one thing in which later anchors touch an earlier step
             axis_map = axis_map_for(AutoConfig.from_pretrained(self.output / "anchors" / anchor.name))
             if (wanted := self._basis(axis_map, axis_map.sizes(anchor.shape))) != saved["basis"]:
@@ -254,6 +262,9 @@ class _Build:
             self.inputs.tokenizer.save_pretrained(partial)
         files = {p.name: manifests.file_entry(p) for p in sorted(partial.iterdir()) if _is_model_file(p.name)}
         partial.replace(folder)
+        control = made.control_point
+        if control is not None and made.factors is not None:
+            control = save_control_point(made.factors, control, self.output, name, dtype)
         return Anchor(
             name=name,
             subfolder=f"anchors/{name}",
@@ -267,64 +278,8 @@ class _Build:
             files=files,
             training=made.training,
             evaluation=evaluation,
+            control_point=control,
         )
-
-    # -- the whole
-
-    def finish(self, anchors: list[Anchor], maps: Mapping[str, IndexMap], basis: str) -> None:
-        """Writes index maps, checksums, tokenizer, curve and card, and ``chain.json`` last."""
-        config: PreTrainedConfig = AutoConfig.from_pretrained(self.output / "anchors" / anchors[0].name)
-        axis_map = axis_map_for(config)
-        sums = {a.name: checksum_file(self.output / "anchors" / a.name, a.files) for a in anchors}
-        (self.output / manifests.CHECKSUMS_NAME).write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n")
-        maps_path = self.output / manifests.INDEX_MAPS_NAME
-        if any(m.orders or m.energy for m in maps.values()):
-            save_index_maps(maps, maps_path)
-        calibration = self.inputs.shipped_calibration()
-        if calibration is not None:
-            save_calibration(calibration, self.output / manifests.CALIBRATION_NAME)
-        tokenizer = {}
-        if self.inputs.tokenizer is not None:
-            saved = self.inputs.tokenizer.save_pretrained(self.output)
-            tokenizer = {
-                n: manifests.file_entry(self.output / n)
-                for n in sorted({Path(s).name for s in saved or ()})
-                if (self.output / n).is_file()
-            }
-        founded = None
-        if self.recipe.bridge is not None:
-            founded = Bridge.model_validate_json((self.state / _BRIDGE).read_text(encoding="utf-8"))
-        manifest = Manifest(
-            name=self.recipe.name,
-            architecture=config.model_type,
-            axis_map=json.loads(json.dumps(axis_map.to_dict())),
-            basis=basis,  # type: ignore[arg-type]
-            layers_last=self.recipe.spread.layers_last,
-            source=self.recipe.source.model or self.recipe.source.served or "trained from scratch",
-            source_revision=self.recipe.source.revision,
-            bridge=founded,
-            license=self.recipe.license,
-            anchors=anchors,
-            tokenizer=tokenizer,
-            index_maps=manifests.file_entry(maps_path) if maps_path.is_file() else None,
-            checksums=manifests.file_entry(self.output / manifests.CHECKSUMS_NAME),
-            calibration=None
-            if calibration is None
-            else manifests.file_entry(self.output / manifests.CALIBRATION_NAME),
-            recipe=self.recipe.model_dump(mode="json", exclude_none=True, exclude={"axis_map", "hub"}),
-            versions={library: version(library) for library in _LIBRARIES},
-        )
-        if self.inputs.text is not None and (per_pair := self.recipe.evaluation.curve_points):
-            place, most = Location(str(self.output)), self.recipe.evaluation.tokens
-            anchors = measure_barriers(Chain(place, manifest), self.inputs.validation or [], most, self.progress)
-            manifest = manifest.model_copy(update={"anchors": anchors})
-            curve = measure_curve(Chain(place, manifest), self.inputs.text.test, per_pair, most, self.progress)
-            manifest = manifest.model_copy(update={"curve": curve})
-            plot_chain(manifest, self.output / "size_loss.png")
-        cards.chain_card(manifest, folder=self.output).save(self.output / "README.md")
-        for anchor in anchors:
-            cards.anchor_card(manifest, anchor).save(self.output / "anchors" / anchor.name / "README.md")
-        manifests.write_manifest(manifest, self.output)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -361,7 +316,7 @@ def build_chain(
     """
     loaded, base = load_recipe(recipe)
     output = Path(output_dir).expanduser()
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / ".build").is_dir())):
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / STATE).is_dir())):
         raise OutputExistsError(f"{output} exists and holds no build; name a new folder (nothing was changed)")
     if not resume and output.exists() and PartialState().is_main_process:
         shutil.rmtree(output)
@@ -377,7 +332,7 @@ def build_chain(
         if index_map is not None:
             maps[anchor.name] = index_map
     if PartialState().is_main_process:
-        build.finish(anchors, maps, basis)
+        finish_chain(build.inputs, output, anchors, maps, basis, progress)
         shutil.rmtree(build.state / "work", ignore_errors=True)
         if hub := loaded.hub:
             chain = Chain.from_pretrained(output)

@@ -17,7 +17,7 @@ from cbd_hub.axes.sizing import WAYPOINTS, parse_count
 from cbd_hub.build.settings import BridgeSetting
 from cbd_hub.errors import RecipeError, did_you_mean
 from cbd_hub.text.settings import DataConfig
-from cbd_hub.training.settings import DistillationConfig, TokenCount
+from cbd_hub.training.settings import AnchorDistillation, DistillationConfig, TokenCount
 
 __all__ = [
     "AnchorSpec",
@@ -178,7 +178,7 @@ class Recipe(_Strict):
     bridge: BridgeSetting | None = None
     """How the largest anchor is made where the source is of another architecture or vocabulary: ``auto``, a list of
     ways, or a mapping (:mod:`cbd_hub.build.bridge`)."""
-    distillation: DistillationConfig = DistillationConfig()
+    distillation: AnchorDistillation = AnchorDistillation()
     """How every anchor is trained."""
     calibration_tokens: int = Field(default=16_384, ge=0)
     """Validation tokens that importance and basis are measured on; 0 ranks by weights alone, which is much worse."""
@@ -287,6 +287,8 @@ def step_fingerprint(recipe: Recipe, index: int) -> str:
     parts["evaluation_tokens"] = recipe.evaluation.tokens
     if parts["bridge"] is None:  # a build of an older recipe goes on where it stopped
         del parts["bridge"]
+    if parts.get("distillation", {}).get("control_point", 0) is None:
+        del parts["distillation"]["control_point"]
     if parts["source"]["served"] is None:
         del parts["source"]["served"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

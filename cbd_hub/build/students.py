@@ -9,11 +9,14 @@ from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.initialization.refit import can_refit, refit
 from cbd_hub.interpolation.materialize import cut
+from cbd_hub.interpolation.pair import Pair
 from cbd_hub.losses.heads import kept_hidden
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.text.documents import Documents
+from cbd_hub.training.curve import Curve, curve_points
+from cbd_hub.training.settings import AnchorDistillation
 
-__all__ = ["cut_student", "refit_if_better"]
+__all__ = ["curve_to_train", "cut_student", "refit_if_better"]
 
 
 def cut_student(
@@ -67,3 +70,40 @@ def refit_if_better(
     if not evaluate_loss(student, validation).loss < before:
         student.load_state_dict(weights, strict=False)
     return before
+
+
+def curve_to_train(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    pair: Pair,
+    config: AnchorDistillation,
+    layers_last: bool = True,
+) -> Curve | None:
+    """Returns the curve to train along with an anchor; None where none is wanted, or no size lies between the two.
+
+    Args:
+        student: The anchor, as it starts.
+        teacher: Its larger neighbor.
+        pair: Their sizes and correspondence.
+        config: How the anchor is trained.
+        layers_last: How the chain solves sizes in between.
+
+    Raises:
+        RecipeError: The rank is above what the matrices allow.
+    """
+    control = config.control_point
+    tokens = 0 if control is None else config.tokens if control.tokens is None else control.tokens
+    points = curve_points(pair, layers_last) if tokens else []
+    if control is None or not points:
+        return None
+    return Curve(
+        teacher,
+        student,
+        pair,
+        control.rank,
+        learning_rate=control.learning_rate,
+        tokens=tokens,
+        together=control.together and config.tokens > 0,
+        points=points,
+        seed=config.seed,
+    )

@@ -18,9 +18,10 @@ from cbd_hub.axes.architectures import AXIS_MAPS, axis_map_for
 from cbd_hub.chain.refine import choose
 from cbd_hub.errors import IntegrityError, ManifestError
 from cbd_hub.hub.chain_files import anchor_place, checked_file
-from cbd_hub.hub.sources import open_checkpoint, reader, weight_files
+from cbd_hub.hub.sources import open_checkpoint, open_control_point, reader, weight_files
 from cbd_hub.hub.untrusted import guarded, read_config, read_generation_config
 from cbd_hub.interpolation.checkpoints import Checkpoint
+from cbd_hub.interpolation.control_points import factor_shapes
 from cbd_hub.interpolation.materialize import Read, blend, build_model, parse_dtype, target_config
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.interpolation.ranges import Run
@@ -105,11 +106,12 @@ def assemble(
         checkpoint = open_weights(chain, entry, plan.needed[entry.name], progress)
         return reader(anchor_place(chain.location, entry), checkpoint)
 
+    read_control = _control_reader(chain, small, plan, large.dtype, progress) if plan.needed_control else None
     read_large = read(large)
     read_small = read_large if small is large else read(small)
     label = f"{plan.method} {chain.manifest.name}"
     operations = progress_bar(plan.operations, label, unit="tensor", enabled=progress)
-    state = dict(blend(operations, plan.pair, plan.sizes, read_large, read_small, out_dtype))
+    state = dict(blend(operations, plan.pair, plan.sizes, read_large, read_small, out_dtype, read_control))
     model = guarded(f"config.json of anchor {large.name!r}", partial(build_model, config, state, out_dtype))
     if "generation_config.json" in large.files:
         place = anchor_place(chain.location, large)
@@ -117,6 +119,26 @@ def assemble(
         model.generation_config = read_generation_config(path)
     _sign(chain, model, plan)
     return model
+
+
+def _control_reader(chain: "Chain", small: Anchor, plan: Plan, dtype: str, progress: bool) -> Read:
+    """Opens the pair's control point and returns what reads its tensors."""
+    if small.control_point is None:
+        return _unread
+    shapes = factor_shapes(plan.pair, small.control_point.rank)
+    sums = chain.checksums.get(small.control_point_name)
+    place = chain.location
+    read = reader(
+        place, open_control_point(place, small, shapes, parse_dtype(dtype), sums, plan.needed_control, progress)
+    )
+
+    def finite(name: str) -> torch.Tensor:
+        factor = read(name)
+        if not bool(torch.isfinite(factor).all()):
+            raise IntegrityError(f"control point of anchor {small.name!r}: {name!r} holds NaN or infinity")
+        return factor
+
+    return finite
 
 
 def _sign(chain: "Chain", model: PreTrainedModel, plan: Plan) -> None:

@@ -66,6 +66,8 @@ def measure_curve(
 ) -> list[CurvePoint]:
     """Measures the held-out loss of models between every two anchors, evenly spaced in parameters.
 
+    Where a pair has a control point, both the curve and the straight line are measured.
+
     Args:
         chain: A chain with its anchors on disk.
         blocks: Test text.
@@ -86,9 +88,11 @@ def measure_curve(
             plan = chain.plan(target)
         except SizeError:  # a tiny chain whose steps are coarser than the tolerance
             continue
-        model = chain.initialize(plan, dtype=torch.float32, progress=False)
-        result = evaluate_loss(model, blocks, max_tokens=max_tokens)
-        points.append(CurvePoint(num_parameters=plan.num_parameters, loss=result.loss, method=plan.method))
+        plans = [plan, *([chain.plan(target, method="interpolate")] if plan.method == "bezier" else [])]
+        for made in plans:
+            model = chain.initialize(made, dtype=torch.float32, progress=False)
+            result = evaluate_loss(model, blocks, max_tokens=max_tokens)
+            points.append(CurvePoint(num_parameters=made.num_parameters, loss=result.loss, method=made.method))
     return points
 
 

@@ -23,7 +23,7 @@ from cbd_hub.errors import IntegrityError
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.initialization.refit import REFIT_TOKENS, can_refit, refit
 from cbd_hub.interpolation.operations import list_operations
-from cbd_hub.interpolation.plan import Plan, needed_by
+from cbd_hub.interpolation.plan import Plan, needed_by, needed_of_control
 from cbd_hub.losses.heads import kept_hidden
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.manifest.manifest import Manifest
@@ -57,13 +57,14 @@ def list_candidates(plan: Plan, manifest: Manifest) -> Generator[list[Candidate]
         manifest: The chain's manifest.
     """
     best = Candidate("planned", plan)
-    if plan.method == "interpolate":
+    if plan.method in ("interpolate", "bezier"):
         alpha = plan.alpha
         alphas = [a for a in (alpha - _ALPHA_STEP, alpha + _ALPHA_STEP) if 0 < a < 1]
         full = _again(plan, manifest, alpha, own_weight=1.0)
         best = yield [
-            *([Candidate("interpolate, own units at full weight", full)] if plan.own_weight < 1 else []),
-            *(Candidate(f"interpolate, alpha {a:.2f}", _again(plan, manifest, a)) for a in alphas),
+            *([Candidate(f"{plan.method}, own units at full weight", full)] if plan.own_weight < 1 else []),
+            *(Candidate(f"{plan.method}, alpha {a:.2f}", _again(plan, manifest, a)) for a in alphas),
+            *([Candidate("interpolate", _again(plan, manifest, method="interpolate"))] if plan.needed_control else []),
         ]
         best = yield [
             Candidate(f"{best.name}, other layers ({i + 1})", _again(best.plan, manifest, index_map=index_map))
@@ -183,12 +184,21 @@ def _again(
     pair = plan.pair if index_map is None else replace(plan.pair, index_map=index_map)
     own = own_weight
     if own is None:
-        rule = way == "interpolate" and plan.own_weight < 1  # 1 for an anchor that was only cut out
+        rule = way in ("interpolate", "bezier") and plan.own_weight < 1  # 1 for an anchor that was only cut out
         own = plan.own_weight if alpha is None else 1 - weight**2 if rule else 1.0
     operations = list_operations(pair, plan.sizes, way, weight, own)
     entries = {a.name: a for a in manifest.anchors}
-    needed = needed_by(entries[plan.large], entries[plan.small], pair, plan.sizes, operations)
-    return replace(plan, alpha=weight, method=way, own_weight=own, operations=operations, pair=pair, needed=needed)
+    both = entries[plan.large], entries[plan.small], pair, plan.sizes, operations
+    return replace(
+        plan,
+        alpha=weight,
+        method=way,
+        own_weight=own,
+        operations=operations,
+        pair=pair,
+        needed=needed_by(*both),
+        needed_control=needed_of_control(*both),
+    )
 
 
 def _other_layers(plan: Plan) -> list[IndexMap]:

@@ -127,7 +127,7 @@ def model_card(
     """
     names = list(dict.fromkeys([plan.large, plan.small]))
     anchors = [anchor for anchor in manifest.anchors if anchor.name in names]
-    blended = plan.method in ("interpolate", "paper")
+    blended = plan.method in ("bezier", "interpolate", "paper")
     return _render(
         "model.md.jinja",
         _metadata(

@@ -29,7 +29,7 @@ from cbd_hub.progress import progress_bar
 __all__ = ["Published", "publish", "publish_folder"]
 
 CARD = "README.md"
-_WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
+_WEIGHTS = re.compile(r"(model.*|control_points/.*)\.safetensors(\.index\.json)?")
 _TAG = "cbd-{}"
 """Of a commit; the place is for the fingerprint of its files."""
 _NOTHING = frozenset({".gitattributes", CARD, "LICENSE"})

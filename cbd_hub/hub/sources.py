@@ -24,6 +24,7 @@ from cbd_hub.manifest.manifest import Anchor, FileEntry, Manifest
 
 __all__ = [
     "open_checkpoint",
+    "open_control_point",
     "reader",
     "weight_files",
 ]
@@ -121,6 +122,60 @@ def open_checkpoint(
     return checkpoint
 
 
+def open_control_point(
+    chain: Location,
+    anchor: Anchor,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    checksums: Mapping[str, Digest] | None,
+    needed: NeededRuns | None = None,
+    progress: bool = True,
+) -> Checkpoint:
+    """Opens the control point between an anchor and its parent, and checks its header; reads no tensor.
+
+    Args:
+        chain: Where the chain is.
+        anchor: The smaller anchor of the pair; it has a control point.
+        shapes: Name → shape of every tensor (:func:`cbd_hub.interpolation.control_points.factor_shapes`).
+        dtype: What every tensor must be stored as.
+        checksums: Digest of every tensor; None checks the whole file against its SHA-256 instead.
+        needed: What will be read; None is everything.
+        progress: Show a progress bar while ranges are fetched.
+
+    Raises:
+        IntegrityError: A damaged file, or one of another pair.
+        ChainNotFoundError: It cannot be fetched.
+    """
+    name, record = f"{anchor.control_point_name}.safetensors", anchor.control_point
+    if record is None or record.file is None:
+        raise IntegrityError(f"the pair of anchor {anchor.name!r} has no control point")
+    partly: dict[str, Sequence[Run]] = {}
+    try:
+        path = chain.cached(name)
+        if path is None and checksums is not None and needed is not None:
+            with dropping_damage(chain):
+                path, partly = _fetch_needed(chain, name, record.file, None, needed, progress)
+        path = path or chain.file(name)
+        if path.stat().st_size != record.file.size:
+            raise IntegrityError(
+                f"{name} has {path.stat().st_size} bytes; the manifest says {record.file.size}: the file is damaged "
+                "or incomplete, fetch it again",
+                path,
+            )
+        checkpoint = Checkpoint([path], None, checksums, partly)
+        checkpoint.check_shapes(shapes, dtype)
+        if checksums is None:
+            manifests.check_file(path, record.file)
+    except IntegrityError as error:
+        chain.forget(error.path)
+        raise IntegrityError(f"control point of anchor {anchor.name!r}: {error}", error.path) from None
+    except ChainNotFoundError as error:
+        if chain.is_local:
+            raise IntegrityError(f"control point of anchor {anchor.name!r}: {error}") from None
+        raise
+    return checkpoint
+
+
 def reader(place: Location, checkpoint: Checkpoint) -> Read:
     """Returns the function that reads a parameter, and drops the fetched file if it turns out to be damaged."""
 
@@ -132,7 +187,7 @@ def reader(place: Location, checkpoint: Checkpoint) -> Read:
 
 
 def _fetch_needed(
-    place: Location, name: str, entry: FileEntry, axis_map: AxisMap, needed: NeededRuns, progress: bool
+    place: Location, name: str, entry: FileEntry, axis_map: AxisMap | None, needed: NeededRuns, progress: bool
 ) -> tuple[Path | None, dict[str, Sequence[Run]]]:
     """Fetches a file's header, then what is needed of its tensors; returns also the runs of those that are not whole.
 
@@ -148,7 +203,7 @@ def _fetch_needed(
         runs: list[Run] = []
         partly: dict[str, Sequence[Run]] = {}
         for key, info in read_header(path).items():
-            parameter = axis_map.parameter_name(key)
+            parameter = key if axis_map is None else axis_map.parameter_name(key)
             wanted = needed.get(parameter or "", ())
             runs += [(info.start + a, min(info.start + b, info.stop)) for a, b in wanted]
             if parameter is not None and count_bytes(wanted) < info.num_bytes:

@@ -195,7 +195,7 @@ class Checkpoint:
     def __init__(
         self,
         files: Iterable[Path],
-        axis_map: AxisMap,
+        axis_map: AxisMap | None,
         checksums: Mapping[str, Digest] | None = None,
         partly: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     ) -> None:
@@ -203,7 +203,8 @@ class Checkpoint:
 
         Args:
             files: The safetensors files: one, or all shards.
-            axis_map: The resolved map of the family; says which keys are parameters, under which name.
+            axis_map: The resolved map of the family; says which keys are parameters, under which name. None: every
+                key is a name, as in a control point's file.
             checksums: Checkpoint key → digest of the tensor's bytes (:func:`checksum`), checked at every read.
             partly: Parameters of which only these runs of bytes are there; whole blocks of them are checked.
 
@@ -217,7 +218,7 @@ class Checkpoint:
         self._axis_map = axis_map
         for file in files:
             for key, info in read_header(file).items():
-                name = axis_map.parameter_name(key)
+                name = key if axis_map is None else axis_map.parameter_name(key)
                 if name is None:
                     continue
                 if name in self.tensors:
@@ -236,6 +237,8 @@ class Checkpoint:
         Raises:
             IntegrityError: A missing tensor, an extra one, a wrong shape, or another dtype.
         """
+        if self._axis_map is None:
+            raise AxisMapError("a file without an axis map has no sizes; check its shapes")
         expected = self._axis_map.shapes(sizes)
         if missing := [name for name in expected if name not in self.tensors]:
             raise IntegrityError(f"the checkpoint lacks {_some(missing)}")
@@ -257,6 +260,23 @@ class Checkpoint:
             allowed = [name for name, value in DTYPES.items() if dtype in (None, value)]
             if info.dtype not in allowed:
                 raise IntegrityError(f"tensor {info.key!r} is stored as {info.dtype}; allowed: {', '.join(allowed)}")
+
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        """Checks that exactly these tensors are there, in this dtype, before any of them is read.
+
+        Raises:
+            IntegrityError: A missing tensor, an extra one, a wrong shape, or another dtype.
+        """
+        if missing := [name for name in expected if name not in self.tensors]:
+            raise IntegrityError(f"the file lacks {_some(missing)}")
+        for name, info in self.tensors.items():
+            if info.shape != expected.get(name):
+                wanted = list(expected[name]) if name in expected else "nothing of that name"
+                raise IntegrityError(
+                    f"tensor {name!r} in {info.file.name} has shape {list(info.shape)}; the manifest says {wanted}"
+                )
+            if DTYPES.get(info.dtype) != dtype:
+                raise IntegrityError(f"tensor {name!r} is stored as {info.dtype}; the manifest says {dtype}")
 
     def read(self, name: str) -> torch.Tensor:
         """Maps one parameter into memory, in its stored dtype.

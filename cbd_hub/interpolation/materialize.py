@@ -4,7 +4,7 @@
 assembly (anchors on disk) and building (a student cut out of a teacher in memory) alike.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,15 @@ from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
 from cbd_hub.errors import AxisMapError, SizeError
 from cbd_hub.interpolation.checkpoints import DTYPES
+from cbd_hub.interpolation.control_points import factor_names, leading_rows
 from cbd_hub.interpolation.operations import TensorOp, list_operations
 from cbd_hub.interpolation.pair import Pair
-from cbd_hub.interpolation.tensors import combine, expand, rescale
+from cbd_hub.interpolation.tensors import Bend, combine, expand, rescale
 from cbd_hub.manifest.index_maps import IndexMap
 
 __all__ = [
     "Read",
+    "bend_of",
     "blend",
     "blend_models",
     "build_model",
@@ -38,7 +40,13 @@ Read = Callable[[str], torch.Tensor]
 
 
 def make_tensor(
-    op: TensorOp, pair: Pair, target: Sizes, read_large: Read, read_small: Read, dtype: torch.dtype
+    op: TensorOp,
+    pair: Pair,
+    target: Sizes,
+    read_large: Read,
+    read_small: Read,
+    dtype: torch.dtype,
+    read_control: Read | None = None,
 ) -> torch.Tensor:
     """Carries out one operation of a plan.
 
@@ -49,6 +57,7 @@ def make_tensor(
         read_large: Reads a tensor of the large anchor.
         read_small: Reads a tensor of the small anchor.
         dtype: What the result is cast to, once.
+        read_control: Reads a tensor of the pair's control point; None where no operation has a ``bend``.
 
     Returns:
         A contiguous tensor of shape ``op.shape`` in fresh memory; what was read is not kept.
@@ -57,22 +66,43 @@ def make_tensor(
     layout = axis_map.layout(op.pattern)
     offset = 1.0 if axis_map.norm == "rms+1" and op.pattern in axis_map.norms else 0.0
     addition = rescale(read_small(op.small), op.small_scale, offset) if op.small else None
-    out = torch.empty(op.shape, dtype=dtype)
     if not op.large:
+        out = torch.empty(op.shape, dtype=dtype, device=None if addition is None else addition.device)
         return (
             out.zero_() if addition is None else out.copy_(expand(addition, layout, pair.small, target, op.mean_axis))
         )
     taken = pair.taken(op, target)
     base, factors, placed = read_large(op.large), [(op.large_scale, offset)], pair.small
+    out = torch.empty(op.shape, dtype=dtype, device=base.device)
     if addition is None:  # the paper's rule takes a block without a partner for one whose partner is zero
         factors.append((op.own_weight, offset) if op.masked else (1 - op.alpha, 0.0))
     elif not op.masked:
         addition, placed = expand(addition, layout, placed, target), target
-    return combine(out, base, layout, pair.large, taken, target, factors, addition, placed, op.alpha, op.own_weight)
+    bend = None if read_control is None else bend_of(op, pair, target, read_control)
+    return combine(
+        out, base, layout, pair.large, taken, target, factors, addition, placed, op.alpha, op.own_weight, bend
+    )
+
+
+def bend_of(op: TensorOp, pair: Pair, target: Sizes, read_control: Read) -> Bend | None:
+    """Returns what the pair's control point adds to the tensor of one operation; None where it is not bent."""
+    if not op.bend or op.large is None:
+        return None
+    taken = []
+    for dim, name in enumerate(factor_names(pair.axis_map, op.pattern, op.large)):
+        factor, rows = read_control(name), leading_rows(pair, op.pattern, dim, target)
+        taken.append(factor if rows is None else factor[torch.from_numpy(rows).to(factor.device)])
+    return op.bend, taken[0], taken[1].T if len(taken) == 2 else None
 
 
 def blend(
-    operations: Iterable[TensorOp], pair: Pair, target: Sizes, read_large: Read, read_small: Read, dtype: torch.dtype
+    operations: Iterable[TensorOp],
+    pair: Pair,
+    target: Sizes,
+    read_large: Read,
+    read_small: Read,
+    dtype: torch.dtype,
+    read_control: Read | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Carries out the operations of a plan over two readers, one tensor at a time.
 
@@ -83,16 +113,22 @@ def blend(
         read_large: Reads a tensor of the large anchor.
         read_small: Reads a tensor of the small anchor.
         dtype: What each result is cast to, once.
+        read_control: Reads a tensor of the pair's control point; None where no operation has a ``bend``.
 
     Yields:
         Parameter name and tensor, in the order of the operations.
     """
     for op in operations:
-        yield op.name, make_tensor(op, pair, target, read_large, read_small, dtype)
+        yield op.name, make_tensor(op, pair, target, read_large, read_small, dtype, read_control)
 
 
 def blend_models(
-    operations: Iterable[TensorOp], pair: Pair, target: Sizes, large: PreTrainedModel, small: PreTrainedModel
+    operations: Iterable[TensorOp],
+    pair: Pair,
+    target: Sizes,
+    large: PreTrainedModel,
+    small: PreTrainedModel,
+    control: Mapping[str, torch.Tensor] | None = None,
 ) -> PreTrainedModel:
     """Carries out the operations of a plan on two models in memory; neither is changed, and no tensor is shared.
 
@@ -102,10 +138,12 @@ def blend_models(
         target: Sizes of the target.
         large: The large model; the result has its dtype.
         small: The small model.
+        control: The pair's control point, name → tensor; None where no operation has a ``bend``.
     """
     states = large.state_dict(), small.state_dict()
     read_large, read_small = [lambda name, state=state: state[name].detach().cpu() for state in states]
-    tensors = dict(blend(operations, pair, target, read_large, read_small, large.dtype))
+    read_control = None if control is None else lambda name: control[name].detach().cpu()
+    tensors = dict(blend(operations, pair, target, read_large, read_small, large.dtype, read_control))
     return build_model(target_config(large.config, pair, target), tensors, large.dtype)
 
 

@@ -17,6 +17,7 @@ from cbd_hub.manifest.index_maps import IndexMap
 
 __all__ = [
     "TensorOp",
+    "is_bent",
     "list_operations",
 ]
 
@@ -44,15 +45,19 @@ class TensorOp:
     small_scale: float = 1.0
     mean_axis: str | None = None
     """Axis on which new units of an expanded tensor get the mean instead of zero."""
+    bend: float = 0.0
+    """Weight of the pair's control point, 4 r (1 - r); 0 leaves the straight line."""
 
     @property
     def kind(self) -> str:
         """What is done, in a word or two."""
         if self.large and not self.small:
             weight = self.own_weight if self.masked else 1 - self.alpha
-            return "large" if weight == 1 else f"{weight:.3g} large"
+            bent = f" + {self.bend:.3g} control point" if self.bend else ""
+            return ("large" if weight == 1 else f"{weight:.3g} large") + bent
         if self.large and self.small:
-            return f"{self.alpha:.3g} small + {1 - self.alpha:.3g} large"
+            bent = f" + {self.bend:.3g} control point" if self.bend else ""
+            return f"{self.alpha:.3g} small + {1 - self.alpha:.3g} large{bent}"
         return "large" if self.large else "small" if self.small else "zeros"
 
 
@@ -64,7 +69,7 @@ def list_operations(
     Args:
         pair: The two anchors.
         target: Sizes of the target.
-        method: ``interpolate``, ``paper``, ``expand`` or ``prune``.
+        method: ``interpolate``, ``bezier``, ``paper``, ``expand`` or ``prune``.
         alpha: Weight of the small anchor.
         own_weight: Weight with which units that only the large anchor has write the residual stream. With
             1 - alpha**2, alpha = 1 is the small anchor expanded exactly and alpha = 0 the large one alone.
@@ -104,9 +109,15 @@ def list_operations(
                 large_scale=1.0 if plain else _large_scale(axis_map, pattern, large_layer, large, target, index_map),
                 small_scale=1.0 if plain else _small_scale(axis_map, pattern, small, target),
                 mean_axis="hidden" if method == "expand" and _mean_filled(axis_map, pattern) else None,
+                bend=4 * alpha * (1 - alpha) if method == "bezier" and is_bent(axis_map, pattern) else 0.0,
             )
         )
     return tuple(operations)
+
+
+def is_bent(axis_map: AxisMap, pattern: str) -> bool:
+    """Whether a control point bends a tensor: the matrices of layers and every vector, not embeddings and heads."""
+    return "*" in pattern or len(axis_map.layout(pattern).dims) == 1
 
 
 def _own_weight(axis_map: AxisMap, pattern: str, has_partner: bool, own_weight: float) -> float:

@@ -16,7 +16,7 @@ from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, parse_cou
 from cbd_hub.errors import AxisMapError, SizeError, did_you_mean
 from cbd_hub.interpolation.operations import TensorOp, list_operations
 from cbd_hub.interpolation.pair import Pair
-from cbd_hub.interpolation.ranges import Run, count_bytes, needed_runs
+from cbd_hub.interpolation.ranges import Run, control_runs, count_bytes, needed_runs
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.manifest.manifest import Anchor, Manifest
 
@@ -27,9 +27,10 @@ __all__ = [
     "make_plan",
     "nearly_all",
     "needed_by",
+    "needed_of_control",
 ]
 
-METHODS = ("auto", "interpolate", "paper", "expand", "prune")
+METHODS = ("auto", "bezier", "interpolate", "paper", "expand", "prune")
 """What ``method=`` accepts."""
 
 EXPAND_BELOW = 0.45
@@ -77,6 +78,8 @@ class Plan:
     """Sizes by axis."""
     needed: Mapping[str, Mapping[str, list[Run]]] = field(default_factory=dict, repr=False)
     """Anchor → parameter → byte runs of it that the operations read (:mod:`cbd_hub.interpolation.ranges`)."""
+    needed_control: Mapping[str, list[Run]] = field(default_factory=dict, repr=False)
+    """Tensor of the pair's control point → byte runs of it that the operations read; empty on the straight line."""
     own_weight: float = 1.0
     """Weight with which units that only the large anchor has write into the residual stream."""
 
@@ -178,12 +181,19 @@ def make_plan(
             small.shape != large.shape and manifest.sizes(small)["hidden"] != manifest.sizes(large)["hidden"]
         )
         chosen = "expand" if width_differs and position < EXPAND_BELOW and alpha == "auto" else "interpolate"
-        if small is not large and not small.aligned:
+        if small is not large and small.bent:
+            chosen = "bezier"
+        elif small is not large and not small.aligned:
             chosen = "expand" if position < 0.5 else "prune"
             notes.append(
                 f"anchors {small.name!r} and {large.name!r} are not aligned: their weights cannot be averaged, "
                 f"so only the nearer one is used ({chosen})"
             )
+    if chosen == "bezier" and small is not large and not small.bent:
+        raise SizeError(
+            f"anchors {small.name!r} and {large.name!r} have no control point; allowed: "
+            f"{', '.join(m for m in METHODS if m != 'bezier')} (`cbd-hub fit-curve` trains one)"
+        )
     weight = {"expand": 1.0, "prune": 0.0}.get(chosen, weight)
     if own is not None and (small is large or weight == (1.0 if own is small else 0.0)):
         small = large = own
@@ -195,18 +205,19 @@ def make_plan(
     else:
         pair = Pair(axis_map, manifest.sizes(small), manifest.sizes(large), index_maps[small.name])
         # A trained anchor makes up for the units it lacks; at full weight their work would be done twice.
-        made_up_for = chosen == "interpolate" and (small.training is None or small.training.tokens > 0)
+        made_up_for = chosen in ("interpolate", "bezier") and (small.training is None or small.training.tokens > 0)
         own_weight = 1 - weight**2 if made_up_for else 1.0
         operations = list_operations(pair, sizes, chosen, weight, own_weight)
-    expected = _expected_loss(manifest, count)
+    expected = _expected_loss(manifest, count, chosen)
     if expected is not None and chosen != "anchor":
-        nearest = min(_measured(manifest), key=lambda n: abs(n - count))
+        nearest = min(_measured(manifest, chosen), key=lambda n: abs(n - count))
         if abs(nearest - count) > FAR * span:
             notes.append(
                 f"the loss was measured at no size nearer than {format_count(nearest)}; what is expected here is read "
                 "off a straight line"
             )
     needed = needed_by(large, small, pair, sizes, operations)
+    control = needed_of_control(large, small, pair, sizes, operations)
     return Plan(
         shape=axis_map.config_fields(sizes),
         num_parameters=count,
@@ -216,13 +227,14 @@ def make_plan(
         large=large.name,
         position=position,
         operations=operations,
-        bytes_to_read=_bytes(axis_map, manifest, small, large, operations),
-        bytes_to_fetch=_fetch_bytes(manifest, needed),
+        bytes_to_read=_bytes(axis_map, manifest, small, large, operations) + sum(map(count_bytes, control.values())),
+        bytes_to_fetch=_fetch_bytes(manifest, needed) + sum(map(count_bytes, control.values())),
         expected_loss=expected,
         notes=tuple(notes),
         sizes=sizes,
         pair=pair,
         needed=needed,
+        needed_control=control,
         own_weight=own_weight,
     )
 
@@ -303,6 +315,15 @@ def needed_by(
     return {large.name: from_large} if large is small else {large.name: from_large, small.name: from_small}
 
 
+def needed_of_control(
+    large: Anchor, small: Anchor, pair: Pair, target: Sizes, operations: tuple[TensorOp, ...]
+) -> dict[str, list[Run]]:
+    """Returns which byte runs of the tensors of the pair's control point the operations need."""
+    if small.control_point is None or not any(op.bend for op in operations):
+        return {}
+    return control_runs(operations, pair, target, small.control_point.rank, _ITEM_BYTES[large.dtype])
+
+
 def nearly_all(anchor: Anchor, needed: Mapping[str, Sequence[Run]]) -> bool:
     """Whether so much of an anchor is needed that its files are fetched whole (:data:`WHOLE_ABOVE`)."""
     return sum(map(count_bytes, needed.values())) >= WHOLE_ABOVE * _weight_bytes(anchor)
@@ -321,16 +342,18 @@ def _fetch_bytes(manifest: Manifest, needed: Mapping[str, Mapping[str, list[Run]
     )
 
 
-def _measured(manifest: Manifest) -> dict[int, float]:
-    """Parameters → held-out loss, at the anchors and at the curve's points that ``auto`` would make alike."""
-    points = {p.num_parameters: p.loss for p in manifest.curve if p.method in ("auto", "interpolate")}
+def _measured(manifest: Manifest, method: str) -> dict[int, float]:
+    """Parameters → held-out loss, at the anchors and at the curve's points that were made alike."""
+    alike = ("auto", "interpolate", *(("bezier",) if method != "interpolate" else ()))  # the later one counts
+    chosen = sorted((p for p in manifest.curve if p.method in alike), key=lambda p: alike.index(p.method))
+    points = {p.num_parameters: p.loss for p in chosen}
     return points | {a.num_parameters: a.evaluation.loss for a in manifest.anchors if a.evaluation}
 
 
-def _expected_loss(manifest: Manifest, count: int) -> float | None:
+def _expected_loss(manifest: Manifest, count: int, method: str) -> float | None:
     """Straight lines between the measured sizes; None where an anchor was not measured."""
     if any(a.evaluation is None for a in manifest.anchors):
         return None
-    points = _measured(manifest)
+    points = _measured(manifest, method)
     sizes = sorted(points)
     return float(np.interp(count, sizes, [points[n] for n in sizes]))

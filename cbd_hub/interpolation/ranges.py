@@ -11,10 +11,11 @@ from math import prod
 import numpy as np
 
 from cbd_hub.axes.sizing import Sizes
+from cbd_hub.interpolation.control_points import factor_names, factor_shapes, leading_rows
 from cbd_hub.interpolation.operations import TensorOp
 from cbd_hub.interpolation.pair import Pair
 
-__all__ = ["BLOCK", "Run", "count_bytes", "merge", "needed_runs", "subtract"]
+__all__ = ["BLOCK", "Run", "control_runs", "count_bytes", "merge", "needed_runs", "subtract"]
 
 BLOCK = 1 << 19
 """Bytes of a tensor that have a digest of their own, so that a part of it can be checked without the rest."""
@@ -92,3 +93,26 @@ def needed_runs(
         if op.small:
             from_small[op.small] = [(0, layout.count(pair.small) * item_bytes[1])]
     return from_large, from_small
+
+
+def control_runs(
+    operations: Iterable[TensorOp], pair: Pair, target: Sizes, rank: int, item_bytes: int
+) -> dict[str, list[Run]]:
+    """Returns, for a pair's control point, tensor name → runs within it that are needed.
+
+    Args:
+        operations: One a tensor of the target.
+        pair: The two anchors.
+        target: Sizes of the target.
+        rank: Columns of every factor.
+        item_bytes: Bytes a number.
+
+    Cost: O(rows), integers only.
+    """
+    shapes = factor_shapes(pair, rank)
+    return {
+        name: _row_runs(leading_rows(pair, op.pattern, dim, target), shapes[name], item_bytes)
+        for op in operations
+        if op.bend and op.large
+        for dim, name in enumerate(factor_names(pair.axis_map, op.pattern, op.large))
+    }

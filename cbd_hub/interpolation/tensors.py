@@ -13,7 +13,10 @@ import torch
 from cbd_hub.axes.grammar import Indices, Layout
 from cbd_hub.axes.sizing import Sizes
 
-__all__ = ["combine", "expand", "rescale", "take"]
+__all__ = ["Bend", "combine", "expand", "region_of", "rescale", "take"]
+
+Bend = tuple[float, torch.Tensor, torch.Tensor | None]
+"""Weight 4 r (1 - r), and what it weighs: factors (n, k) and (k, m) of a matrix (n, m), or a vector (n,) and None."""
 
 _CHUNK = 1 << 19
 """Bytes of a tensor that are worked on at a time: what was just taken is still in the processor's cache."""
@@ -41,7 +44,9 @@ def _select(tensor: torch.Tensor, rows: Sequence[Rows], out: torch.Tensor | None
     tensor = tensor[tuple(slice(None) if isinstance(which, torch.Tensor) else which for which in rows)]
     for dim, which in lists.items():
         to = out if dim == max(lists) else None
-        if dim and tensor.itemsize == 2:  # numpy gathers columns of two bytes three times as fast as torch
+        if (
+            dim and tensor.itemsize == 2 and tensor.device.type == "cpu"
+        ):  # numpy gathers columns of two bytes three times as fast as torch
             halves = tensor.view(torch.int16).numpy()
             made = np.take(halves, which.numpy(), dim, to if to is None else to.view(torch.int16).numpy(), "clip")
             tensor = torch.from_numpy(made).view(tensor.dtype)
@@ -76,11 +81,21 @@ def _region(layout: Layout, small: Sizes, target: Sizes) -> list[Rows]:
     return _rows(layout, target, shared)
 
 
+def region_of(layout: Layout, small: Sizes, target: Sizes, device: torch.device) -> tuple[Rows, ...]:
+    """Returns the index of a target tensor under which the units that the small anchor has lie, as it stores them."""
+    return _grid(_on(device, _region(layout, small, target)))
+
+
 def _grid(region: Sequence[Rows]) -> tuple[Rows, ...]:
     """The index of a region, as tensors are indexed."""
     if len(region) == 2 and isinstance(region[0], torch.Tensor) and isinstance(region[1], torch.Tensor):
         return region[0][:, None], region[1]
     return tuple(region)
+
+
+def _on(device: torch.device, rows: list[Rows]) -> list[Rows]:
+    """The rows as a device indexes with them."""
+    return [which.to(device) if isinstance(which, torch.Tensor) else which for which in rows]
 
 
 def _part(rows: Rows, start: int, stop: int) -> Rows:
@@ -126,6 +141,7 @@ def combine(
     small_sizes: Sizes | None = None,
     alpha: float = 0.0,
     own_weight: float = 1.0,
+    bend: Bend | None = None,
 ) -> torch.Tensor:
     """Fills a target tensor: the large anchor's units, averaged with the small anchor's where both have one.
 
@@ -144,24 +160,29 @@ def combine(
         alpha: Weight of the small anchor, 0..1.
         own_weight: Factor for what the units that only the large anchor has write into the residual stream; of a
             matrix between units and the stream alone.
+        bend: What a control point adds at the end (:mod:`cbd_hub.interpolation.control_points`); 2 k operations a
+            number for a matrix of rank k.
 
     Cost: memory is read once and written once: all is done in pieces that stay in the processor's cache. In float32
         (float64 where tensors are stored so), cast once; half precision that needs no factor is widened in registers.
     """
-    rows = _rows(layout, large_sizes, taken)
-    region = [] if small is None or small_sizes is None else _region(layout, small_sizes, target)
+    rows = _on(large.device, _rows(layout, large_sizes, taken))
+    region = [] if small is None or small_sizes is None else _on(large.device, _region(layout, small_sizes, target))
     wide = _wide(large[:0]).dtype
     weights = _weights(layout, region, target, own_weight, wide) if own_weight != 1.0 and len(region) == 2 else []
+    weights = [weight.to(out.device) for weight in weights]
     factors = [(factor, offset) for factor, offset in factors if factor != 1.0]
     same = not factors and large.dtype == out.dtype and (small is None or small.dtype == out.dtype)
-    step = max(1, _CHUNK // max(1, out[:1].nbytes))
+    if bend is not None:
+        same, bend = same and out.dtype == wide, (bend[0], _wide(bend[1]), None if bend[2] is None else _wide(bend[2]))
+    step = max(1, _CHUNK // max(1, out[:1].nbytes)) if out.device.type == "cpu" else max(1, out.shape[0])
     for start in range(0, out.shape[0], step):
         stop = min(start + step, out.shape[0])
         to = out[start:stop]
         piece = _select(large, [_part(rows[0], start, stop), *rows[1:]], to if same else None)
         for factor, offset in factors:
             piece = rescale(piece, factor, offset)
-        mixed = to if same else torch.empty(to.shape, dtype=wide)
+        mixed = to if same else torch.empty(to.shape, dtype=wide, device=out.device)
         if mixed.data_ptr() != piece.data_ptr():
             mixed.copy_(piece)
         for weight in weights:
@@ -169,6 +190,12 @@ def combine(
         if small is not None:
             places, first = _within(region[0], small.shape[0], start, stop)
             _blend(mixed, small[places], alpha, _grid([first, *region[1:]]))
+        if bend is not None:
+            height, left, right = bend
+            if right is None:
+                mixed.add_(left[start:stop], alpha=height)
+            else:
+                mixed.addmm_(left[start:stop], right, alpha=height)
         if mixed is not to:
             to.copy_(mixed)
     return out

@@ -13,6 +13,7 @@ for staying inside their folder.
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,17 +24,29 @@ from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import count_parameters
 from cbd_hub.errors import AxisMapError, CbdError, IntegrityError, ManifestError, did_you_mean
 from cbd_hub.manifest.json_files import read_json
-from cbd_hub.manifest.records import Barrier, Bridge, CurvePoint, Evaluation, PositiveInt, Strict, Training
+from cbd_hub.manifest.records import (
+    Barrier,
+    Bridge,
+    ControlPoint,
+    CurvePoint,
+    Evaluation,
+    FileEntry,
+    PositiveInt,
+    Strict,
+    Training,
+)
 
 __all__ = [
     "CALIBRATION_NAME",
     "CHECKSUMS_NAME",
+    "CONTROL_POINTS_NAME",
     "FORMAT",
     "INDEX_MAPS_NAME",
     "MANIFEST_NAME",
     "Anchor",
     "Barrier",
     "Bridge",
+    "ControlPoint",
     "CurvePoint",
     "Evaluation",
     "FileEntry",
@@ -46,8 +59,8 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT = 1
-"""The manifest format that this version writes, and the latest it reads."""
+FORMAT = 2
+"""The latest manifest format that this version reads. It writes 2 for a chain with control points, else 1."""
 
 MANIFEST_NAME = "chain.json"
 """The manifest's file, at the top of a chain."""
@@ -59,6 +72,9 @@ CALIBRATION_NAME = "calibration.safetensors"
 """Token ids that ``refine`` compares candidates on."""
 CHECKSUMS_NAME = "checksums.json"
 """XXH3-128 of every tensor of every anchor."""
+
+CONTROL_POINTS_NAME = "control_points"
+"""Folder with one safetensors file for every pair with a control point, named after its smaller anchor."""
 
 
 _MOST_BYTES = 1 << 24
@@ -97,14 +113,6 @@ InnerPath = Annotated[str, AfterValidator(_inside)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 
 
-class FileEntry(Strict):
-    """Size and hash of one file."""
-
-    size: Annotated[int, Field(ge=0)]
-    """Bytes."""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
 class Anchor(Strict):
     """One anchor of the chain."""
 
@@ -133,6 +141,18 @@ class Anchor(Strict):
     """Every file that makes up the model, relative to the anchor's folder."""
     training: Training | None = None
     evaluation: Evaluation | None = None
+    control_point: ControlPoint | None = None
+    """The learned bend between this anchor and its parent; None means the straight line."""
+
+    @property
+    def control_point_name(self) -> str:
+        """Where its control point lies in the chain, without the suffix."""
+        return f"{CONTROL_POINTS_NAME}/{self.name}"
+
+    @property
+    def bent(self) -> bool:
+        """Whether there is a control point between this anchor and its parent."""
+        return self.control_point is not None and self.control_point.file is not None
 
     @model_validator(mode="after")
     def _place(self) -> "Anchor":
@@ -146,7 +166,7 @@ class Anchor(Strict):
 class Manifest(Strict):
     """``chain.json``."""
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
     name: Name
     architecture: str
     """``model_type`` of the transformers config."""
@@ -189,7 +209,15 @@ class Manifest(Strict):
             CHECKSUMS_NAME: self.checksums,
             CALIBRATION_NAME: self.calibration,
         }
+        for anchor in self.anchors:
+            if anchor.control_point is not None:
+                named[f"{anchor.control_point_name}.safetensors"] = anchor.control_point.file
         return {**self.tokenizer, **{name: entry for name, entry in named.items() if entry is not None}}
+
+    @staticmethod
+    def needed_format(anchors: Iterable[Anchor]) -> Literal[1, 2]:
+        """Returns 2 where an anchor has a control point, which older versions cannot read, else 1."""
+        return 2 if any(anchor.control_point is not None for anchor in anchors) else 1
 
     def sizes(self, anchor: Anchor) -> dict[str, int]:
         """Returns the axis sizes of an anchor."""
@@ -214,7 +242,7 @@ class Manifest(Strict):
         """No file takes the place of another, or of a folder."""
         own = {MANIFEST_NAME, INDEX_MAPS_NAME, CHECKSUMS_NAME, CALIBRATION_NAME}
         for name in self.tokenizer:
-            if "/" in name or name in own or name.startswith((MANIFEST_NAME, "anchors")):
+            if "/" in name or name in own or name.startswith((MANIFEST_NAME, "anchors", CONTROL_POINTS_NAME)):
                 raise ValueError(f"a tokenizer file cannot be called {name!r}")
         for anchor in self.anchors:
             folders = {name.rsplit("/", n)[0] for name in anchor.files for n in range(1, name.count("/") + 1)}
@@ -248,6 +276,8 @@ class Manifest(Strict):
             if previous is None:
                 if anchor.parent is not None:
                     raise ValueError(f"anchor {anchor.name!r} is the largest and can have no parent")
+                if anchor.control_point is not None:
+                    raise ValueError(f"anchor {anchor.name!r} is the largest and can have no control point")
             else:
                 large = axis_map.sizes(previous.shape)
                 if count >= previous.num_parameters or any(sizes[a] > large[a] for a in sizes):
@@ -265,7 +295,16 @@ class Manifest(Strict):
                     raise ValueError(f"anchor {anchor.name!r}: layer_order is no permutation of its parent's layers")
                 if order is not None and sorted(order[: sizes["layers"]]) != order[: sizes["layers"]]:
                     raise ValueError(f"anchor {anchor.name!r}: the kept layers of layer_order must ascend")
+                if (control := anchor.control_point) is not None:
+                    bent = [axis_map.layout(p).shape(large) for p in axis_map.tensors if "*" in p]
+                    if control.rank > (most := min(min(shape) for shape in bent if len(shape) == 2)):
+                        raise ValueError(
+                            f"anchor {anchor.name!r}: its control point has rank {control.rank}; at most {most} is "
+                            "possible"
+                        )
             previous = anchor
+        if self.format != self.needed_format(self.anchors):
+            raise ValueError(f"a chain with these anchors has format {self.needed_format(self.anchors)}")
         if len({a.name for a in self.anchors}) != len(self.anchors):
             raise ValueError("two anchors have the same name")
         return self
@@ -299,8 +338,8 @@ def read_manifest(path: Path) -> Manifest:
             f"{path} has format {version}; this cbd_hub reads formats up to {FORMAT}. "
             "Upgrade it: pip install -U cbd_hub"
         )
-    if version != FORMAT:
-        raise ManifestError(f"{path} has format {version!r}; expected {FORMAT}")
+    if version not in (1, FORMAT):
+        raise ManifestError(f"{path} has format {version!r}; expected 1 or {FORMAT}")
     try:
         return Manifest.model_validate_json(json.dumps(data))
     except ValidationError as error:

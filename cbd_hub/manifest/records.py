@@ -4,7 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["Barrier", "Bridge", "CurvePoint", "Evaluation", "PositiveInt", "Strict", "Training"]
+__all__ = [
+    "Barrier",
+    "Bridge",
+    "ControlPoint",
+    "CurvePoint",
+    "Evaluation",
+    "FileEntry",
+    "PositiveInt",
+    "Strict",
+    "Training",
+]
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**50)]
 """A count that no file can drive into the impossible."""
@@ -14,6 +24,14 @@ class Strict(BaseModel):
     """Takes the types that it names and no others, no unknown key, no NaN and no infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class FileEntry(Strict):
+    """Size and hash of one file."""
+
+    size: Annotated[int, Field(ge=0)]
+    """Bytes."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Evaluation(Strict):
@@ -58,6 +76,32 @@ class Barrier(Strict):
     def _pairs(self) -> "Barrier":
         if len(self.alphas) != len(self.losses):
             raise ValueError(f"a barrier has {len(self.alphas)} alphas and {len(self.losses)} losses")
+        return self
+
+
+class ControlPoint(Strict):
+    """The learned bend between an anchor and its parent (:mod:`cbd_hub.interpolation.control_points`)."""
+
+    file: FileEntry | None = None
+    """``control_points/<anchor>.safetensors``; None where it was trained and the straight line was no worse."""
+    rank: PositiveInt
+    """Columns of the two factors of every matrix."""
+    tokens: PositiveInt
+    """Training tokens."""
+    seed: int
+    together: bool
+    """Whether the anchor was trained along with it."""
+    sizes: list[PositiveInt]
+    """Parameters of the models that it was judged by."""
+    losses: list[float]
+    """Their validation loss on the curve, nats a token."""
+    straight_losses: list[float]
+    """Their validation loss on the straight line, nats a token."""
+
+    @model_validator(mode="after")
+    def _same_length(self) -> "ControlPoint":
+        if not len(self.sizes) == len(self.losses) == len(self.straight_losses):
+            raise ValueError("a control point has one loss and one straight loss for every size")
         return self
 
 

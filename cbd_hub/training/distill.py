@@ -25,6 +25,7 @@ from cbd_hub.losses.cross_vocabulary import Across
 from cbd_hub.losses.heads import kept_hidden
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.manifest.manifest import Training
+from cbd_hub.training.curve import Curve
 from cbd_hub.training.settings import DistillationConfig
 from cbd_hub.training.trainer import AnchorTrainer, collate
 
@@ -37,6 +38,7 @@ __all__ = [
 
 # What accelerate leaves on a model that it prepared; the first two would run it under autocast ever after.
 _LEFT_BEHIND = ("forward", "_original_forward", "_is_accelerate_prepared")
+_CONTROL = "control_point"
 _CHECKPOINTING = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # renamed
 
 
@@ -64,6 +66,7 @@ def distill(
     *,
     index_map: IndexMap | None = None,
     across: Across | None = None,
+    curve: Curve | None = None,
     work_dir: Path,
     progress: bool = True,
 ) -> Training:
@@ -85,13 +88,15 @@ def distill(
         config: What to do; with ``tokens = 0`` nothing is done or measured.
         index_map: How the student's units correspond to the teacher's; None compares no hidden states.
         across: The teacher has another vocabulary: what meets what (:class:`cbd_hub.losses.cross_vocabulary.Across`).
+        curve: The curve from the teacher to the student; its control point is trained on top, for ``curve.tokens``
+            tokens, in steps between those of the student. With ``curve.together`` False the student stays as it is.
         work_dir: Folder for the files named above; made if need be.
         progress: Show a progress bar, unless ``HF_HUB_DISABLE_PROGRESS_BARS`` is set.
 
     Raises:
         RecipeError: No training text, fp16 without an accelerator, or vocabularies that differ.
     """
-    if config.tokens == 0:
+    if config.tokens == 0 and curve is None:
         student.eval()
         return Training(tokens=0, seed=config.seed)
     if config.precision == "fp16" and not torch.accelerator.is_available():
@@ -106,17 +111,26 @@ def distill(
 
     student.float()
     sharded = any(os.environ.get(f"ACCELERATE_USE_{way}", "").lower() == "true" for way in ("FSDP", "DEEPSPEED"))
+    if sharded and curve is not None:
+        raise RecipeError(
+            "a control point is trained on one device or under DDP, not under FSDP or DeepSpeed, which take its "
+            "models apart; set distillation.control_point to null, and fit the curve of the finished chain later"
+        )
     trained = copy.deepcopy(student) if sharded else student
     found = {name: vars(student).get(name) for name in _LEFT_BEHIND}
     use_cache = student.config.use_cache
-    arguments = _arguments(config, len(first["input_ids"]), work_dir)
+    arguments = _arguments(config, len(first["input_ids"]), work_dir, curve)
     if not isinstance(train, IterableDataset):
         step = config.batch_size * config.gradient_accumulation * arguments.world_size
         train = train.select(_draw(len(train), arguments.max_steps * step, config.seed))
     silent = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "0").upper() in ("1", "ON", "YES", "TRUE")
     more: dict[str, Any] = {"train_dataset": train, "eval_dataset": validation}
     more["callbacks"] = [_Progress()] if progress and not silent else []
-    trainer = AnchorTrainer(trained, arguments, config, teacher, ends, kept, across, **more)
+    wanted = {name: p.requires_grad for name, p in student.named_parameters()}
+    if curve is not None:
+        student.requires_grad_(curve.together)
+        student.add_module(_CONTROL, curve.control)  # so that it is wrapped, optimized and kept with the student
+    trainer = AnchorTrainer(trained, arguments, config, teacher, ends, kept, across, curve, **more)
     best = _KeepBest(trainer, work_dir / "best.safetensors")
     trainer.add_callback(best)
     trainer.remove_callback(PrinterCallback)  # standard output belongs to the caller
@@ -127,6 +141,9 @@ def distill(
         best.restore(student)
         trainer.accelerator.wait_for_everyone()
     finally:
+        student._modules.pop(_CONTROL, None)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(wanted[name])
         if config.gradient_checkpointing:
             getattr(student, f"{_CHECKPOINTING}_checkpointing_disable")()
         for name, value in found.items():
@@ -136,10 +153,14 @@ def distill(
         student.config.use_cache = use_cache
         student.eval()
         best.path.unlink(missing_ok=True)
-    return Training(tokens=int(trainer.state.num_input_tokens_seen), seed=config.seed, **best.found)
+    seen = int(trainer.state.num_input_tokens_seen)
+    on_curve = 0 if curve is None else round(seen * curve.share)
+    return Training(tokens=seen - on_curve, seed=config.seed, **best.found)
 
 
-def _arguments(config: DistillationConfig, sequence_length: int, work_dir: Path) -> TrainingArguments:
+def _arguments(
+    config: DistillationConfig, sequence_length: int, work_dir: Path, curve: Curve | None = None
+) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(work_dir),
         per_device_train_batch_size=config.batch_size,
@@ -162,11 +183,15 @@ def _arguments(config: DistillationConfig, sequence_length: int, work_dir: Path)
         eval_on_start=True,
         save_strategy="no",
         disable_tqdm=True,  # _Progress is added instead
-        ddp_find_unused_parameters=False,  # the losses use them all
+        ddp_find_unused_parameters=curve is not None,  # a step uses them all, but for the control point's
     )
     setattr(arguments, f"{_CHECKPOINTING}_checkpointing", config.gradient_checkpointing)
     step = config.batch_size * config.gradient_accumulation * arguments.world_size * sequence_length
     arguments.max_steps = math.ceil(config.tokens / step)
+    if curve is not None:
+        steps = math.ceil(curve.tokens / step)
+        curve.share = steps / (steps + arguments.max_steps)
+        arguments.max_steps += steps
     arguments.warmup_steps = round(config.warmup_fraction * arguments.max_steps)
     arguments.eval_steps = config.eval_every or math.ceil(arguments.max_steps / 10)
     arguments.logging_steps = math.ceil(arguments.max_steps / 100)
@@ -186,12 +211,17 @@ class _KeepBest(TrainerCallback):
         self.trainer = trainer
         self.path = path
         self.found: dict[str, Any] = {}
+        self.score = math.nan
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         """Writes the weights if they are the best so far; NaN is better than nothing."""
-        loss, best = metrics["eval_loss"], self.found.get("best_loss", math.nan)
-        if self.found and not (loss < best or (math.isnan(best) and not math.isnan(loss))):
+        loss = metrics["eval_loss"]
+        score = loss + metrics.get("eval_curve_loss", 0.0)
+        if self.found and not (score < self.score or (math.isnan(self.score) and not math.isnan(score))):
             return
+        if loss > self.found.get("start_loss", math.inf):  # a better curve is no reason for a worse anchor
+            return
+        self.score = score
         self.found = {"start_loss": loss, **self.found, "best_loss": loss, "best_step": state.global_step}
         weights = self.trainer.weights()  # every process takes part
         if state.is_world_process_zero:

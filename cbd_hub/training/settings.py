@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from cbd_hub.axes.sizing import parse_count
 from cbd_hub.losses.names import DivergenceName
 
-__all__ = ["DistillationConfig", "TokenCount"]
+__all__ = ["AnchorDistillation", "ControlPointConfig", "DistillationConfig", "TokenCount"]
 
 TokenCount = Annotated[int, BeforeValidator(lambda v: parse_count(v) if isinstance(v, str) else v), Field(ge=0)]
 """A number of tokens: an int, or a string such as ``"5M"``."""
@@ -65,3 +65,24 @@ class DistillationConfig(BaseModel, extra="forbid", frozen=True, use_attribute_d
         if self.tokens and not (self.ce or self.kl or self.hidden):
             raise ValueError("ce, kl and hidden are all 0: give at least one loss a weight")
         return self
+
+
+class ControlPointConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """How the curve between an anchor and its larger neighbor is learned."""
+
+    rank: int | None = Field(default=None, ge=1)
+    """Columns of the two factors that stand for every matrix; null takes 32, or fewer where that would be more than
+    7.5 % of the larger neighbor."""
+    tokens: TokenCount | None = None
+    """Training tokens on the curve, on top of the anchor's; null takes as many as the anchor's."""
+    learning_rate: float = Field(default=2e-3, gt=0)
+    """Peak learning rate of the control point; the anchor keeps its own."""
+    together: bool = True
+    """Train the anchor in the steps on the curve as well; false leaves it as it is."""
+
+
+class AnchorDistillation(DistillationConfig, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """How an anchor is trained, and the curve between it and its larger neighbor."""
+
+    control_point: ControlPointConfig | None = ControlPointConfig()
+    """The learned curve between the two; null keeps the straight line."""

@@ -23,10 +23,11 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from cbd_hub.errors import RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.losses.cross_vocabulary import Across, cross_vocabulary_loss
-from cbd_hub.losses.distillation import distillation_loss
+from cbd_hub.losses.distillation import Head, distillation_loss
 from cbd_hub.losses.heads import head_of, run_model, unhooked
 from cbd_hub.losses.hidden_states import hidden_state_loss
 from cbd_hub.text.packing import block_batches
+from cbd_hub.training.curve import MIDDLE, Curve, Point
 from cbd_hub.training.settings import DistillationConfig
 
 __all__ = ["AnchorTrainer", "collate"]
@@ -62,6 +63,8 @@ class AnchorTrainer(Trainer):
         kept: The teacher's hidden coordinates, in the student's order
             (:func:`cbd_hub.losses.heads.kept_hidden`); None for all.
         across: The teacher has another vocabulary: what meets what. Batches then hold its tokens of the same text too.
+        curve: The curve between the teacher and the student, whose control point is trained as well; it is a part of
+            the student while this trainer lives. Some steps then take the loss of a model on the curve.
 
     Raises:
         RecipeError: No loss is left without a teacher, or there is not one end for every layer of the student.
@@ -76,6 +79,7 @@ class AnchorTrainer(Trainer):
         ends: Sequence[int] | None = None,
         kept: Tensor | None = None,
         across: Across | None = None,
+        curve: Curve | None = None,
         **kwargs: Any,
     ) -> None:
         args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU; several are for `accelerate launch`
@@ -95,6 +99,9 @@ class AnchorTrainer(Trainer):
         self._student = model
         self._names = [name for name, _ in model.named_parameters()]  # before FSDP wraps; tied ones once
         self._objective = _Objective(model, config, self.teacher, ends if with_hidden else None, kept, across)
+        self.curve = curve
+        self._objective.curve = curve
+        self._anchor_loss: float | None = None
         self._held_out = _Objective(model, DistillationConfig(ce=1))
         self._terms: dict[str, Tensor] = {}
         self._terms_since = 0
@@ -112,6 +119,7 @@ class AnchorTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted loss of a micro batch, a scalar; with `return_outputs` its detached terms too."""
+        self._objective.point = self._point() if model.training else None
         loss, terms = self._run(model, self._objective, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             scale = self.accelerator.num_processes  # gradients are averaged over devices, tokens were summed
@@ -119,6 +127,26 @@ class AnchorTrainer(Trainer):
         if model.training:
             self._terms = {name: self._terms.get(name, 0.0) + term for name, term in terms.items()}
         return (loss, terms) if return_outputs else loss
+
+    def _point(self) -> Point | None:
+        """Where on the curve this step is; None for the student itself. Steps of both kinds are spread evenly."""
+        if self.curve is None:
+            return None
+        step, share = self.state.global_step, self.curve.share
+        return self.curve.draw(step) if int((step + 1) * share) > int(step * share) else None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, in which the control point has a learning rate of its own and no decay."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.curve is not None and not any(group.get("control_point") for group in optimizer.param_groups):
+            control = list(self.curve.control.parameters())
+            ids = {id(parameter) for parameter in control}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in ids]
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+            own = {"params": control, "lr": self.curve.learning_rate, "weight_decay": 0.0, "control_point": True}
+            optimizer.add_param_group(own)
+        return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs, and adds the mean of every loss term since the last time beside ``loss``."""
@@ -138,11 +166,17 @@ class AnchorTrainer(Trainer):
         size = self.args.per_device_eval_batch_size
         if self.is_sharded:
             loss = self._sharded_loss(blocks, size)
+        elif self._anchor_loss is not None:
+            loss = self._anchor_loss
         else:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             loss = evaluate_loss(model, blocks, batch_size=size).loss
+            if self.curve is not None and not self.curve.together:
+                self._anchor_loss = loss  # the student is not trained, and its loss stays
         perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": perplexity}
+        if self.curve is not None:
+            metrics[f"{metric_key_prefix}_curve_loss"] = self.curve.loss(MIDDLE, blocks, batch_size=size)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -219,13 +253,27 @@ class _Objective:
         self.forward = student.forward  # as it is now: later ones go through autocast and turn all states to float32
         self.student_head = head_of(student)
         self.teacher_head = None if teacher is None else head_of(teacher)
+        self.curve: Curve | None = None
+        self.point: Point | None = None
+        """Where on the curve the loss is taken; None is the student itself."""
         self.terms: dict[str, Tensor] = {}
         """The last batch's ``loss`` and its terms, detached. Not returned, as FSDP would round them to bf16."""
 
     def __call__(self, labels: Tensor, num_items: Tensor | None = None, **batch: Tensor) -> Tensor:
         teachers = {name: batch.pop(name) for name in _ACROSS if name in batch}
-        hidden, states = run_model(self.forward, self.student_head, batch)
-        return self.losses(hidden, states, labels, num_items, batch, teachers)
+        if self.curve is None or (point := self.point) is None:
+            hidden, states = run_model(self.forward, self.student_head, batch)
+            return self.losses(hidden, states, labels, num_items, batch, teachers)
+        curve, ends = self.curve, None if self.ends is None else self.curve.ends(point)
+        kept = curve.kept(point)
+
+        def compute(model: PreTrainedModel) -> Tensor:
+            head = nn.Identity() if isinstance(self.student_head, nn.Identity) else model.get_output_embeddings()
+            hidden, states = run_model(model.forward, head, batch)
+            kept_there = None if kept is None else kept.to(hidden.device)
+            return self.losses(hidden, states, labels, num_items, batch, {}, (head, ends, kept_there))
+
+        return curve.run(point, compute)
 
     @torch.compiler.disable  # closed-form gradients, nothing to fuse
     def losses(
@@ -236,9 +284,11 @@ class _Objective:
         num_items: Tensor | None,
         batch: Mapping[str, Tensor],
         teachers: Mapping[str, Tensor],
+        student: tuple[Head, Sequence[int] | None, Tensor | None] | None = None,
     ) -> Tensor:
-        """The weighted loss, a scalar; runs the teacher."""
+        """The weighted loss, a scalar; runs the teacher. `student`: another head, its block ends, its kept units."""
         config = self.config
+        student_head, ends, kept = student or (self.student_head, self.ends, self.kept)
         if self.across is not None and teachers:
             return self._across_losses(hidden, labels, num_items, batch["input_ids"], teachers)
         teacher_hidden: Tensor | None = None
@@ -249,7 +299,7 @@ class _Objective:
         with_kl = self.teacher is not None and config.kl > 0
         loss, ce, kl, _ = distillation_loss(
             hidden,
-            unhooked(self.student_head),
+            unhooked(student_head),
             teacher_hidden if with_kl else None,
             self.teacher_head if with_kl else None,
             labels,
@@ -261,11 +311,11 @@ class _Objective:
             skew=config.skew,
         )
         terms = {"ce": ce, "kl": kl} if with_kl else {"ce": ce}
-        if self.ends is not None:
+        if ends is not None:
             distance = hidden_state_loss(
                 states[1:],
-                [teacher_states[end + 1] for end in self.ends],
-                self.kept,
+                [teacher_states[end + 1] for end in ends],
+                kept,
                 nn.functional.pad(labels[:, 1:] != -100, (0, 1)),  # where CE and KL are taken, so never on padding
                 kind=config.hidden_kind,
                 num_items=num_items,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from make_chain import edit_manifest, make_chain, variant_model
+from make_chain import add_control_points, edit_manifest, make_chain, variant_model
 from tiny_models import VARIANTS
 
 from cbd_hub.axes.sizing import count_parameters
@@ -137,7 +137,7 @@ def test_shapes(folder: Path, plan: Any) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_family(tmp_path: Path, variant: str) -> None:
-    chain = Chain.from_pretrained(make_chain(tmp_path / "c", variant_model(variant)))
+    chain = Chain.from_pretrained(add_control_points(make_chain(tmp_path / "c", variant_model(variant))))
     for method in METHODS:
         made = chain.plan((chain.anchors[1].num_parameters + chain.anchors[2].num_parameters) // 2, method=method)
         assert made.num_parameters == sum(prod(op.shape) for op in made.operations)
@@ -208,7 +208,7 @@ def test_expected_loss_follows_the_measured_curve(folder: Path, tmp_path: Path) 
         ({"num_parameters": 5}, "the nearest size is"),
         (
             {"num_parameters": "20k", "method": "expnad"},
-            "allowed: auto, interpolate, paper, expand, prune. Did you mean",
+            "allowed: auto, bezier, interpolate, paper, expand, prune. Did you mean",
         ),
         ({"num_parameters": "20k", "alpha": 1.5}, "alpha is 1.5; allowed: a number from 0"),
         ({"num_parameters": "20k", "alpha": float("nan")}, "alpha is nan"),
