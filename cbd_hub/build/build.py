@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,21 @@ class _Build:
         )
 
 
+def _as_begun(recipe: Recipe, state: Path) -> Recipe:
+    """The recipe as the version read it that began the build: an earlier one knew no control points by default."""
+    begun = state / "begun.json"
+    if begun.is_file() or not (state / "step-0.json").is_file():
+        if PartialState().is_main_process:
+            state.mkdir(parents=True, exist_ok=True)
+            _write_json(begun, {"version": version("cbd_hub"), "control_points": True})
+        PartialState().wait_for_everyone()
+        return recipe
+    if "control_point" in recipe.distillation.model_fields_set:
+        return recipe
+    distillation = recipe.distillation.model_copy(update={"control_point": None})
+    return recipe.model_copy(update={"distillation": distillation})
+
+
 def _write_json(path: Path, value: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value))
@@ -321,8 +337,7 @@ def build_chain(
     if not resume and output.exists() and PartialState().is_main_process:
         shutil.rmtree(output)
     PartialState().wait_for_everyone()
-    build = _Build(loaded, base, output, progress)
-    build.state.mkdir(parents=True, exist_ok=True)
+    build = _Build(_as_begun(loaded, output / STATE), base, output, progress)
     anchors: list[Anchor] = []
     maps: dict[str, IndexMap] = {}
     basis = "native"

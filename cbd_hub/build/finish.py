@@ -17,9 +17,9 @@ from cbd_hub.hub.read import Location
 from cbd_hub.interpolation.checkpoints import checksum_file
 from cbd_hub.manifest import manifest as manifests
 from cbd_hub.manifest.index_maps import IndexMap, save_index_maps
-from cbd_hub.manifest.manifest import Anchor, Bridge, Manifest
+from cbd_hub.manifest.manifest import Anchor, Bridge, FileEntry, Manifest
 
-__all__ = ["BRIDGE_RECORD", "STATE", "finish_chain"]
+__all__ = ["BRIDGE_RECORD", "STATE", "describe_chain", "finish_chain", "write_checksums"]
 
 STATE = ".build"
 """Folder, inside a chain's, of the records that a build goes on from."""
@@ -54,11 +54,7 @@ def finish_chain(
     recipe = inputs.recipe
     config: PreTrainedConfig = AutoConfig.from_pretrained(folder / "anchors" / anchors[0].name)
     axis_map = axis_map_for(config)
-    sums = {a.name: checksum_file(folder / "anchors" / a.name, a.files) for a in anchors}
-    for a in anchors:
-        if a.bent:
-            sums[a.control_point_name] = checksum_file(folder, [f"{a.control_point_name}.safetensors"])
-    (folder / manifests.CHECKSUMS_NAME).write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n")
+    write_checksums(folder, anchors)
     maps_path = folder / manifests.INDEX_MAPS_NAME
     if any(m.orders or m.energy for m in maps.values()):
         save_index_maps(maps, maps_path)
@@ -95,14 +91,42 @@ def finish_chain(
         recipe=recipe.model_dump(mode="json", exclude_none=True, exclude={"axis_map", "hub"}),
         versions={library: version(library) for library in _LIBRARIES},
     )
-    if inputs.text is not None and (per_pair := recipe.evaluation.curve_points):
-        place, most = Location(str(folder)), recipe.evaluation.tokens
+    describe_chain(manifest, inputs, folder, progress)
+
+
+def write_checksums(folder: Path, anchors: list[Anchor]) -> FileEntry:
+    """Writes the digest of every tensor of a chain's anchors and control points; returns the file's entry.
+
+    Cost: one pass over the files.
+    """
+    sums = {a.name: checksum_file(folder / "anchors" / a.name, a.files) for a in anchors}
+    for a in anchors:
+        if a.bent:
+            sums[a.control_point_name] = checksum_file(folder, [f"{a.control_point_name}.safetensors"])
+    path = folder / manifests.CHECKSUMS_NAME
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return manifests.file_entry(path)
+
+
+def describe_chain(manifest: Manifest, inputs: BuildInputs, folder: Path, progress: bool = True) -> None:
+    """Measures barriers and curve, draws the plot, and writes the cards and, last, ``chain.json``.
+
+    Args:
+        manifest: All that is known of the chain but what is measured here.
+        inputs: The recipe with its text.
+        folder: Folder of the chain.
+        progress: Show progress bars.
+    """
+    if inputs.text is not None and (per_pair := inputs.recipe.evaluation.curve_points):
+        place, most = Location(str(folder)), inputs.recipe.evaluation.tokens
         anchors = measure_barriers(Chain(place, manifest), inputs.validation or [], most, progress)
         manifest = manifest.model_copy(update={"anchors": anchors})
         curve = measure_curve(Chain(place, manifest), inputs.text.test, per_pair, most, progress)
         manifest = manifest.model_copy(update={"curve": curve})
         plot_chain(manifest, folder / "size_loss.png")
     cards.chain_card(manifest, folder=folder).save(folder / "README.md")
-    for anchor in anchors:
+    for anchor in manifest.anchors:
         cards.anchor_card(manifest, anchor).save(folder / "anchors" / anchor.name / "README.md")
     manifests.write_manifest(manifest, folder)

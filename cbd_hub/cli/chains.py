@@ -30,7 +30,7 @@ from cbd_hub.cli.options import (
 if TYPE_CHECKING:
     from cbd_hub.chain.chain import Chain
 
-__all__ = ["build", "from_chain_command", "inspect", "plan", "push"]
+__all__ = ["build", "fit_curve_command", "from_chain_command", "inspect", "plan", "push"]
 
 
 @app.command()
@@ -47,6 +47,29 @@ def build(
     from cbd_hub.build.build import build_chain
 
     chain = build_chain(recipe, output, resume=not no_resume, progress=not as_json)
+    _show_chain(chain, as_json)
+
+
+@app.command("fit-curve")
+def fit_curve_command(
+    folder: Annotated[Path, typer.Argument(help="The chain: a folder that holds chain.json.", metavar="DIR")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe whose text to train on; by default the chain's own.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Training tokens a pair; by default the recipe's.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the control points; by default at most 32.", min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of the control points.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Trains control points for a chain that has none; its anchors stay as they are.
+
+    Models between two anchors then lie on a curve, below the straight line in loss.
+
+    Example: cbd-hub fit-curve my-chain --tokens 5M
+    """
+    from cbd_hub.build.fit_curve import fit_curve
+
+    chain = fit_curve(folder, recipe, tokens=tokens, rank=rank, learning_rate=learning_rate, progress=not as_json)
     _show_chain(chain, as_json)
 
 

@@ -53,7 +53,7 @@ LocalOnly = Annotated[bool, typer.Option("--local-files-only", help="Use the cac
 Size = Annotated[str | None, typer.Option(help="Size, e.g. 138M, 1.2B or 138000000.")]
 ShapeOption = Annotated[str | None, typer.Option(help="Or the shape, as JSON: '{\"num_hidden_layers\": 14}'.")]
 Alpha = Annotated[float | None, typer.Option(help="Weight of the small anchor, 0 to 1; by default 1 - position.")]
-Method = Annotated[str, typer.Option(help="auto, interpolate, paper, expand or prune.")]
+Method = Annotated[str, typer.Option(help="auto, bezier, interpolate, paper, expand or prune.")]
 Tolerance = Annotated[float, typer.Option(help="Largest relative error of the parameter count.")]
 
 

@@ -614,8 +614,8 @@ def test_exactly_one_size(chain_of: Callable[..., Path]) -> None:
 
 
 def test_a_later_format(llama: Path) -> None:
-    edit_manifest(llama, "format", value=2)
-    assert "has format 2; this cbd_hub reads formats up to 1. Upgrade it" in refused(llama, ManifestError)
+    edit_manifest(llama, "format", value=3)
+    assert "has format 3; this cbd_hub reads formats up to 2. Upgrade it" in refused(llama, ManifestError)
 
 
 @pytest.mark.parametrize(

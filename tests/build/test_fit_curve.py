@@ -1,0 +1,121 @@
+"""Control points for a chain that exists: its anchors stay, a killed call goes on, and nothing gets worse."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from make_chain import make_chain, variant_model
+from tiny_recipe import built_chain, digests, tiny_recipe
+
+from cbd_hub.build.build import build_chain
+from cbd_hub.build.fit_curve import fit_curve
+from cbd_hub.chain.chain import Chain, from_chain
+from cbd_hub.errors import CbdError, ChainNotFoundError, RecipeError
+
+
+def plain_recipe(**changes: Any) -> dict[str, Any]:
+    recipe = tiny_recipe(**changes)
+    recipe["distillation"] = {**recipe["distillation"], "control_point": None}
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain") / "chain"
+    build_chain(plain_recipe(), folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def folder(plain: Path, tmp_path: Path) -> Path:
+    shutil.copytree(plain, tmp_path / "chain")
+    return tmp_path / "chain"
+
+
+def test_anchors_stay_and_the_manifest_says_what_was_done(folder: Path) -> None:
+    before = {k: v for k, v in digests(folder).items() if k.startswith("anchors/") and not k.endswith("README.md")}
+    assert Chain.from_pretrained(folder).manifest.format == 1
+    chain = fit_curve(folder, tokens="4k", learning_rate=1e-2, progress=False)
+    after = digests(folder)
+    assert {k: after[k] for k in before} == before
+    assert chain.manifest.format == 2
+    for anchor in chain.manifest.anchors[1:]:
+        record = anchor.control_point
+        assert record is not None and record.tokens == 4000 and not record.together
+        assert len(record.sizes) == len(record.losses) == len(record.straight_losses) > 0
+        mean = [sum(losses) / len(losses) for losses in (record.losses, record.straight_losses)]
+        assert anchor.bent == (mean[0] < mean[1]) == (folder / f"{anchor.control_point_name}.safetensors").is_file()
+    assert any(anchor.bent for anchor in chain.manifest.anchors)
+    assert "bezier" in {point.method for point in chain.manifest.curve}
+    small = next(a for a in chain.manifest.anchors if a.bent)
+    size = small.control_point.sizes[0] if small.control_point else 0
+    assert from_chain(folder, num_parameters=size).config.cbd_hub["method"] == "bezier"
+    again = fit_curve(folder, tokens="4k", learning_rate=1e-2, progress=False)  # pairs that have one keep it
+    assert again.manifest.anchors == chain.manifest.anchors
+
+
+def test_a_killed_call_is_finished_to_the_same_bytes(plain: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "whole")
+    options = {"tokens": 2048, "learning_rate": 1e-2}
+    fit_curve(tmp_path / "whole", **options, progress=False)
+    code = (
+        "import sys, os, signal; from pathlib import Path; from cbd_hub.build import fit_curve as module\n"
+        "fit = module._fit\n"
+        "def once(*a):\n"
+        "    entry = fit(*a)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "module._fit = once\n"
+        f"module.fit_curve(sys.argv[1], progress=False, **{options})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True)
+    assert done.returncode == -9
+    assert len(list((folder / ".build").glob("curve-*.json"))) == 1
+    assert Chain.from_pretrained(folder).manifest.format == 1  # the chain is as it was until all is done
+    fit_curve(folder, **options, progress=False)
+    assert digests(folder) == digests(tmp_path / "whole")
+
+
+def test_the_command(folder: Path) -> None:
+    command = [sys.executable, "-m", "cbd_hub", "fit-curve", str(folder), "--tokens", "1k", "--rank", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    anchors = json.loads(done.stdout)["anchors"]
+    assert [a.get("control_point", {}).get("rank") for a in anchors] == [None, 2, 2]
+
+
+def test_a_build_trains_them_with_its_anchors() -> None:
+    chain = Chain.from_pretrained(built_chain())
+    records = [anchor.control_point for anchor in chain.manifest.anchors[1:]]
+    assert all(record is not None and record.together and record.tokens == 2048 for record in records)
+    trainings = [anchor.training for anchor in chain.manifest.anchors[1:]]
+    assert all(training is not None and training.tokens == 2048 for training in trainings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 0}, "needs training tokens"),
+        ({"rank": 0}, "rank"),
+        ({"rank": 10**6}, r"rank is 1000000; allowed: 1 to \d+"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"tokens": "many"}, "many"),
+        ({"recipe": {"name": "x"}}, "source"),
+    ],
+)
+def test_bad_requests(plain: Path, options: dict[str, Any], message: str) -> None:
+    before = digests(plain)
+    with pytest.raises(CbdError, match=message):
+        fit_curve(plain, **options, progress=False)
+    assert digests(plain) == before
+
+
+def test_a_folder_without_a_chain_or_a_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ChainNotFoundError, match="holds no chain"):
+        fit_curve(tmp_path)
+    made = make_chain(tmp_path / "c", variant_model("llama"))
+    with pytest.raises(RecipeError, match="does not say how it was built"):
+        fit_curve(made)
