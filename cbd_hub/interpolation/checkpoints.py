@@ -236,6 +236,7 @@ class Checkpoint:
 
         Raises:
             IntegrityError: A missing tensor, an extra one, a wrong shape, or another dtype.
+            AxisMapError: There is no axis map to tell the shapes from.
         """
         if self._axis_map is None:
             raise AxisMapError("a file without an axis map has no sizes; check its shapes")
