@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from cbd_hub.build.recipe import AnchorSpec, EvaluationConfig, HubConfig, Recipe, Source, Spread, TrainSource
 from cbd_hub.build.settings import BridgeConfig
 from cbd_hub.text.settings import DataConfig, DatasetSource, GenerationConfig, Sampling, ServerConfig, SourceConfig
-from cbd_hub.training.settings import DistillationConfig
+from cbd_hub.training.settings import ControlPointConfig, DistillationConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "docs" / "how-to" / name for name in ("build-a-chain.md", "bridge.md")]
@@ -25,6 +25,7 @@ MODELS: dict[str, type[BaseModel]] = {
     for model in (
         AnchorSpec,
         BridgeConfig,
+        ControlPointConfig,
         DataConfig,
         DatasetSource,
         DistillationConfig,
