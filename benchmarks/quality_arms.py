@@ -17,7 +17,6 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from cbd_hub.alignment.ranking import rank
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes, count_parameters, solve
@@ -146,11 +145,17 @@ def subclone(large: PreTrainedModel, sizes: Sizes) -> PreTrainedModel:
     scaled so that the width left out does not change the variance."""
     axis_map = axis_map_for(large.config)
     whole = axis_map.sizes(large.config)
-    units = rank(large, axis_map, whole, {**whole, "ffn": sizes["ffn"]}, None)
+    score = np.ones((whole["layers"], whole["ffn"]))
+    for pattern in _ffn(axis_map):
+        rows = 1 - axis_map.layout(pattern).dims.index((("ffn",),))
+        for layer in range(whole["layers"]):
+            weight = large.get_parameter(pattern.replace("*", str(layer))).detach().double()
+            score[layer] *= weight.square().sum(rows).sqrt().numpy()
+    heaviest = np.argsort(-score, axis=-1, kind="stable").astype(np.int32)
     first = (sizes["layers"] + 1) // 2
     kept = [*range(first), *range(whole["layers"] - (sizes["layers"] - first), whole["layers"])]
     layers = np.array([*kept, *(i for i in range(whole["layers"]) if i not in kept)], dtype=np.int64)
-    model = cut(large, axis_map, whole, sizes, IndexMap(layers, units.orders))
+    model = cut(large, axis_map, whole, sizes, IndexMap(layers, {"ffn": heaviest}))
     with torch.no_grad():
         for layer in range(sizes["layers"]):
             for pattern in _ffn(axis_map)[-1:]:

@@ -2,7 +2,7 @@
 
 A log file or a pipe gets no bars, which would be thousands of lines there: it gets a line when a stage is finished,
 with what was counted and how long that took. ``HF_HUB_DISABLE_PROGRESS_BARS=1`` and
-``huggingface_hub.utils.disable_progress_bars()`` silence both.
+``huggingface_hub.utils.disable_progress_bars()`` silence both, but not what :func:`stage_line` says of a decision.
 """
 
 import sys
@@ -48,7 +48,7 @@ def counter(
             bar.update(number)
 
         yield add
-    if not on_terminal:
+    if not (on_terminal or are_progress_bars_disabled(_GROUP)):
         amount = tqdm.format_sizeof(count, "B") if unit == "B" else f"{count} {unit}{'' if count == 1 else 's'}"
         stage_line(f"{description}: {amount}, {time.monotonic() - start:.1f} s", enabled)
 
@@ -82,6 +82,6 @@ def progress_bar(
 
 
 def stage_line(text: str, enabled: bool = True) -> None:
-    """Writes one line about a stage to standard error, unless progress is switched off."""
-    if enabled and not are_progress_bars_disabled(_GROUP):
+    """Writes one line about a stage to standard error, whatever is set about bars: it may tell of a decision."""
+    if enabled:
         sys.stderr.write(f"{text}\n")

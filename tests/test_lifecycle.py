@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 from hub_server import HubServer
-from tiny_recipe import tiny_recipe
+from tiny_recipe import built_chain, tiny_recipe
 from transformers import AutoModelForCausalLM
 
 PLAIN = """
@@ -97,7 +97,10 @@ def test_a_recipe_may_publish_what_it_builds(tmp_path: Path) -> None:
             "name": "cut",
             "source": {"model": str(tmp_path / "source")},
             "anchors": [0.7],
-            "calibration_tokens": 0,
+            "tokenizer": str(built_chain()),
+            "data": tiny_recipe()["data"],
+            "calibration_tokens": 512,
+            "evaluation": {"tokens": 200, "curve_points": 0},
             "distillation": {"tokens": 0},
             "hub": {"repo_id": "maker/cut", "private": True, "license": "mit"},
         }
@@ -120,4 +123,4 @@ def test_a_recipe_may_publish_what_it_builds(tmp_path: Path) -> None:
 def _config():  # type: ignore[no-untyped-def]
     from tiny_models import tiny_config
 
-    return tiny_config("llama", intermediate_size=300)
+    return tiny_config("llama", vocab_size=300, intermediate_size=300)

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cbd_hub.alignment.importance import collect, from_weights
+from cbd_hub.alignment.importance import collect
 from cbd_hub.alignment.observe import bypass_layers
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
@@ -25,12 +25,8 @@ __all__ = ["CALIBRATION_TOKENS", "MAX_EVALUATIONS", "MAX_SINGLE_DROPS", "rank"]
 
 MAX_EVALUATIONS = 40
 """Losses that are measured to choose the layers to drop."""
-
-
 MAX_SINGLE_DROPS = 24
 """Of these, layers that are left out alone; the most transforming ones (1 - cos) are not even tried."""
-
-
 CALIBRATION_TOKENS = 4096
 """Predicted tokens of each of these losses."""
 
@@ -40,25 +36,26 @@ def rank(
     axis_map: AxisMap,
     large: Sizes,
     small: Sizes,
-    blocks: Tensor | None,
+    blocks: Tensor,
     prefix_hidden: bool = False,
     progress: bool = False,
 ) -> IndexMap:
     """Decides which units of a model its smaller neighbor keeps, and the order in which the others come back.
 
     Units of an axis are ordered by importance, best first, so that every size in between is a prefix. Layers are
-    chosen by loss: contiguous spans of the middle, the layers that cost least alone and those that turn the stream
-    least (1 - cos) compete as whole sets, because the costs of single layers do not add up.
+    chosen by loss: contiguous spans of the middle, the layers that cost least alone and those whose output differs
+    least in direction from their input (1 - cos) compete as whole sets, because the costs of single layers do not
+    add up.
 
     Args:
         model: The larger model; ``axis_map`` is its own and ``large`` its sizes.
         small: Sizes of the smaller neighbor; axes that do not differ get no order.
-        blocks: (N, S) token ids to calibrate on, which must be no test text; None to look at the weights alone.
+        blocks: (N, S) token ids to calibrate on, which must be no test text.
         prefix_hidden: The hidden units are in order already (see :mod:`cbd_hub.alignment.basis`).
         progress: Show progress bars.
 
     Returns:
-        Orders int32, energies float32 (only where ``hidden`` differs and blocks are given), layers int64.
+        Orders int32, energies float32 (only where ``hidden`` differs), layers int64.
 
     Cost: one forward pass over the blocks, and where layers differ at most 40 more over 4,096 tokens.
 
@@ -75,10 +72,7 @@ def rank(
             f"axis {wrong[0]!r} is {large[wrong[0]]} and cannot become {small[wrong[0]]}: a smaller neighbor keeps "
             f"{', '.join(axis_map.frozen)} and has at least one and at most as many units on every other axis"
         )
-    if blocks is None:
-        statistics = from_weights(model.state_dict(), axis_map, large)
-    else:
-        statistics = collect(model, axis_map, large, blocks)
+    statistics = collect(model, axis_map, large, blocks)
     orders, energy = {}, {}
     for axis in differing:
         if axis == "hidden":
@@ -96,31 +90,32 @@ def rank(
 
 
 def _order_layers(
-    model: PreTrainedModel, axis_map: AxisMap, turn: np.ndarray, keep: int, blocks: Tensor | None, progress: bool
+    model: PreTrainedModel, axis_map: AxisMap, angles: np.ndarray, keep: int, blocks: Tensor, progress: bool
 ) -> np.ndarray:
-    """The kept layers, ascending, then the dropped ones, the one that costs most to leave out first."""
-    num_layers = len(turn)
+    """The kept layers, ascending, then the dropped ones, the one that costs most to leave out first.
+
+    ``angles`` is float64 (layers,), 1 - cos between what goes into a layer and what comes out.
+    """
+    num_layers = len(angles)
     count, middle = num_layers - keep, _droppable(num_layers, num_layers - keep)
-    cost = turn
     losses: dict[tuple[int, ...], float] = {}
-    candidates = [_lowest(middle, turn, turn, count)]
-    if blocks is not None:
 
-        def measure(sets: Sequence[tuple[int, ...]], what: str) -> None:
-            for dropped in progress_bar(sets, what, unit="set", enabled=progress):
-                with bypass_layers(model, axis_map, dropped):
-                    losses[dropped] = evaluate_loss(model, blocks, max_tokens=CALIBRATION_TOKENS).loss
+    def measure(sets: Sequence[tuple[int, ...]], label: str) -> None:
+        for dropped in progress_bar(sets, label, unit="set", enabled=progress):
+            with bypass_layers(model, axis_map, dropped):
+                losses[dropped] = evaluate_loss(model, blocks, max_tokens=CALIBRATION_TOKENS).loss
 
-        measure([(i,) for i in _lowest(middle, turn, turn, MAX_SINGLE_DROPS)], "layers one by one")
-        cost = np.array([losses.get((i,), np.inf) for i in range(num_layers)])
-        spans = [tuple(middle[i : i + count]) for i in range(len(middle) - count + 1)]
-        spans.sort(key=lambda span: (turn[list(span)].sum(), span))
-        candidates = list(dict.fromkeys([_lowest(middle, cost, turn, count), *candidates, *spans]))
-        new = [dropped for dropped in candidates if dropped not in losses]
-        measure(new[: MAX_EVALUATIONS - len(losses)], "sets of layers")
+    measure([(i,) for i in _lowest(middle, angles, angles, MAX_SINGLE_DROPS)], "layers one by one")
+    cost = np.array([losses.get((i,), np.inf) for i in range(num_layers)])
+    spans = [tuple(middle[i : i + count]) for i in range(len(middle) - count + 1)]
+    spans.sort(key=lambda span: (angles[list(span)].sum(), span))
+    cheapest, straightest = _lowest(middle, cost, angles, count), _lowest(middle, angles, angles, count)
+    candidates = list(dict.fromkeys([cheapest, straightest, *spans]))
+    new = [dropped for dropped in candidates if dropped not in losses]
+    measure(new[: MAX_EVALUATIONS - len(losses)], "sets of layers")
     best = min(candidates, key=lambda dropped: losses.get(dropped, np.inf))
-    back = sorted(best, key=lambda i: (-cost[i], -turn[i], i))
-    return np.array([i for i in range(num_layers) if i not in best] + back, dtype=np.int64)
+    dropped_layers = sorted(best, key=lambda i: (-cost[i], -angles[i], i))
+    return np.array([i for i in range(num_layers) if i not in best] + dropped_layers, dtype=np.int64)
 
 
 def _droppable(num_layers: int, count: int) -> list[int]:

@@ -304,12 +304,14 @@ def _cut_to(
     large, small = axis_map.sizes(model.config), axis_map.sizes(wanted)
     if small == large:
         return model
-    turned = axis_map.rotatable and blocks is not None and small["hidden"] != large["hidden"]
-    if turned and blocks is not None:
+    if blocks is None:
+        raise RecipeError("transplant needs calibration_tokens above 0, to rank the units of the source that are kept")
+    rotated = axis_map.rotatable and small["hidden"] != large["hidden"]
+    if rotated:
         rotate(model, axis_map, large, blocks)
-    index_map = rank(model, axis_map, large, small, blocks, turned, progress)
+    index_map = rank(model, axis_map, large, small, blocks, rotated, progress)
     student = cut(model, axis_map, large, small, index_map)
-    if blocks is not None and can_refit(axis_map):
+    if can_refit(axis_map):
         kept = kept_hidden(index_map, small["hidden"], large["hidden"])
         refit(student, model, axis_map, index_map.layers_of(small["layers"]), kept, blocks, progress=progress)
     return student

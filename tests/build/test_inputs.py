@@ -21,7 +21,12 @@ def made(**changes: Any) -> BuildInputs:
 
 
 def of_model(folder: Path, **changes: Any) -> BuildInputs:
-    recipe = {"name": "x", "source": {"model": str(folder)}, "anchors": [0.5], "distillation": {"tokens": 0}}
+    recipe = {
+        "name": "x",
+        "source": {"model": str(folder)},
+        "anchors": [{"init": "a/b"}],
+        "distillation": {"tokens": 0},
+    }
     return BuildInputs(*load_recipe({**recipe, **changes}))
 
 
@@ -87,7 +92,7 @@ def test_calibration_is_the_beginning_of_the_validation_text() -> None:
     assert blocks.tolist() == ingredients.text.validation["input_ids"][:2]
     few = made(calibration_tokens=1).calibration()
     assert few is not None and few.shape == (1, 32)
-    assert made(calibration_tokens=0).calibration() is None
+    assert made(calibration_tokens=0, anchors=[{"init": "a/b"}]).calibration() is None
 
 
 def test_as_many_validation_blocks_as_the_recipe_allows() -> None:
@@ -105,7 +110,7 @@ def test_what_refine_gets_is_validation_text_too(tmp_path: Path) -> None:
     assert shipped is not None and few is not None and ingredients.text is not None
     assert shipped.tolist() == ingredients.text.validation["input_ids"][: 32_768 // 32]
     assert shipped[: len(few)].tolist() == few.tolist()
-    assert made(calibration_tokens=0).shipped_calibration() is None
+    assert made(calibration_tokens=0, anchors=[{"init": "a/b"}]).shipped_calibration() is None
     assert of_model(tmp_path).shipped_calibration() is None
     (tmp_path / "long.txt").write_text("\n\n".join(f"{n} bottles of beer on the wall. " * 40 for n in range(2000)))
     data = {"text_files": str(tmp_path / "long.txt"), "sequence_length": 512, "held_out_fraction": 0.5}

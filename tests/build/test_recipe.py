@@ -39,10 +39,11 @@ dtype: bfloat16
 
 
 def small(**changes: Any) -> dict[str, Any]:
-    """A recipe that needs no text, with some keys replaced."""
+    """A recipe that trains nothing, with some keys replaced."""
     return {
         "name": "chain",
         "source": {"model": "org/model"},
+        "data": {"text_files": "a.txt"},
         "anchors": [0.7, 0.5],
         "distillation": {"tokens": 0},
         **changes,
@@ -87,7 +88,7 @@ def test_survives_a_round_trip_through_json() -> None:
 
 
 def test_no_text_is_needed_where_nothing_is_trained() -> None:
-    recipe, _ = load_recipe(small())
+    recipe, _ = load_recipe(small(anchors=[{"init": "org/small"}], data=None))
     assert recipe.data is None and recipe.source.model == "org/model" and recipe.tokenizer is None
 
 
@@ -167,6 +168,15 @@ def test_refuses_what_it_cannot_read(tmp_path: Path) -> None:
         load_recipe(tmp_path / "latin.yaml")
 
 
+@pytest.mark.parametrize("missing", [{"data": None}, {"calibration_tokens": 0}])
+def test_cutting_an_anchor_without_text_to_rank_on_is_refused(missing: dict[str, Any]) -> None:
+    recipe = {"name": "a", "source": {"model": "a/b"}, "anchors": [0.5], "distillation": {"tokens": 0}}
+    recipe |= {"data": trained()["data"], **missing}
+    with pytest.raises(RecipeError, match=r"ranked by their activations on text .* start the anchor from .* `init`"):
+        load_recipe(recipe)
+    load_recipe({**recipe, "anchors": [{"init": "c/d"}]})  # nothing is ranked
+
+
 def test_embeddings_by_matching_pursuit_are_refused_and_name_the_successor() -> None:
     bridged = {
         "name": "a",
@@ -184,9 +194,9 @@ def test_embeddings_by_matching_pursuit_are_refused_and_name_the_successor() -> 
 def test_merge_keys_of_yaml_are_no_duplicates(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "name: a\nsource: {model: org/model}\ndistillation: {tokens: 0}\nanchors: [{<<: {fraction: 0.5}, tokens: 0}]\n"
+        "name: a\nsource: {model: org/model}\ndistillation: {tokens: 0}\nanchors: [{<<: {init: a/b}, tokens: 0}]\n"
     )
-    assert load_recipe(path)[0].anchors == [AnchorSpec(fraction=0.5, tokens=0)]
+    assert load_recipe(path)[0].anchors == [AnchorSpec(init="a/b", tokens=0)]
 
 
 def prints(recipe: dict[str, Any]) -> list[str]:

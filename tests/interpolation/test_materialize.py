@@ -1,19 +1,19 @@
 """From a plan's operations to tensors and a model: the parts that assembly and building share."""
 
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
 
-from cbd_hub.alignment.ranking import rank
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
 from cbd_hub.files import whole_folder
 from cbd_hub.interpolation.materialize import blend, build_model, parse_dtype, target_config
 from cbd_hub.interpolation.operations import list_operations
 from cbd_hub.interpolation.pair import Pair
+from cbd_hub.manifest.index_maps import IndexMap
 
 
 def test_parse_dtype() -> None:
@@ -69,7 +69,7 @@ def test_per_layer_lists_follow_the_kept_layers() -> None:
     axis_map = axis_map_for(model.config)
     sizes = axis_map.sizes(model.config)
     small = {**sizes, "layers": 2}
-    index_map = replace(rank(model, axis_map, sizes, small, None), layers=torch.tensor([0, 2, 1, 3]).numpy())
+    index_map = IndexMap(np.array([0, 2, 1, 3]))
     config = target_config(model.config, Pair(axis_map, small, sizes, index_map), small)
     assert config.num_hidden_layers == 2
     assert config.layer_types == ["sliding_attention", "full_attention"]
