@@ -38,7 +38,7 @@ from cbd_hub.manifest.index_maps import IndexMap
 __all__ = ["align"]
 
 LEAST_GAIN = 0.05
-"""A norm gain below this share of the mean is not adopted from the large model: it would be divided by."""
+"""A norm gain below this share of the mean is not copied from the large model: it would be divided by."""
 TOLERANCE = 1e-3
 """Largest change of the logits (as a share of the largest logit above 1) that rounding may explain."""
 
@@ -86,7 +86,7 @@ def align(
             is larger on some axis.
         RecipeError: The models are of different families or differ in tensors, activation or rotary embedding, or
             ``blocks`` holds no token, or activations are not finite.
-        AxisMapError: The map does not describe the models: what should have changed nothing changed the logits.
+        AxisMapError: The map does not describe the models: an alignment that keeps the function changed the logits.
     """
     _check(large, small, axis_map, large_sizes, small_sizes)
     statistics = collect(large, axis_map, large_sizes, blocks)
@@ -107,28 +107,28 @@ def align(
     orders: dict[str, np.ndarray] = {}
     with torch.no_grad():
         streams = [moments[place] for place in moments if place[0] in axis_map.norms]
-        partner = np.arange(small_sizes["hidden"])
+        hidden_partners = np.arange(small_sizes["hidden"])
         if rotating:
-            turn = _nearest_rotation(torch.stack([m.cross[:, partner] for m in streams]).sum(0))
+            rotation = _nearest_rotation(torch.stack([m.cross[:, hidden_partners] for m in streams]).sum(0))
         else:
             similarity = torch.stack([m.correlation() for m in streams]).mean(0).numpy()
-            partner, signs = _match_units(similarity, signed=axis_map.norm != "layer")
-            orders["hidden"] = others_by_importance(partner, statistics.hidden)
-            turn = torch.diag(torch.from_numpy(signs))
-        _turn_stream(aligned, axis_map, small_sizes, turn)
+            hidden_partners, signs = _match_units(similarity, signed=axis_map.norm != "layer")
+            orders["hidden"] = others_by_importance(hidden_partners, statistics.hidden)
+            rotation = torch.diag(torch.from_numpy(signs))
+        _rotate_stream(aligned, axis_map, small_sizes, rotation)
         for j, layer in enumerate(layers):
-            found = _align_ffn(aligned, axis_map, small_sizes, j, moments)
-            found |= _align_heads(aligned, axis_map, large_sizes, small_sizes, j, moments)
-            for axis, partners in found.items():
+            layer_partners = _align_ffn(aligned, axis_map, small_sizes, j, moments)
+            layer_partners |= _align_heads(aligned, axis_map, large_sizes, small_sizes, j, moments)
+            for axis, partners in layer_partners.items():
                 importance = statistics.units[axis]
                 order = orders.setdefault(axis, np.argsort(-importance, axis=-1, kind="stable").astype(np.int32))
                 order[layer] = others_by_importance(partners, importance[layer])
-        _adopt_gains(large, aligned, axis_map, small_sizes, layers, partner)
-    change = (_logits(aligned, blocks) - before).abs().max().item()
-    if change > TOLERANCE * max(1.0, before.abs().max().item()):
+        _copy_gains(large, aligned, axis_map, small_sizes, layers, hidden_partners)
+    difference = (_logits(aligned, blocks) - before).abs().max().item()
+    if difference > TOLERANCE * max(1.0, before.abs().max().item()):
         raise AxisMapError(
-            f"aligning changed the small model's logits by {change:.2g}, so the axis map {axis_map.model_type!r} does "
-            "not describe how the model uses its tensors; check its norms and the order of fused projections"
+            f"aligning changed the small model's logits by {difference:.2g}, so the axis map {axis_map.model_type!r} "
+            "does not describe how the model uses its tensors; check its norms and the order of fused projections"
         )
     energy = {}
     if small_sizes["hidden"] != large_sizes["hidden"]:
@@ -146,13 +146,13 @@ def _check(
                 f"the {name} model is a {model.config.model_type!r}, the axis map one of {axis_map.model_type!r}; "
                 "only models of one family can be aligned"
             )
-        if (own := axis_map.sizes(model.config)) != dict(sizes):
-            raise SizeError(f"the {name} model has sizes {own}; got {dict(sizes)}")
-        found = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-        if odd := sorted(set(found.items()) ^ set(axis_map.shapes(sizes).items())):
+        if (actual := axis_map.sizes(model.config)) != dict(sizes):
+            raise SizeError(f"the {name} model has sizes {actual}; got {dict(sizes)}")
+        shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+        if differing := sorted(set(shapes.items()) ^ set(axis_map.shapes(sizes).items())):
             raise RecipeError(
-                f"the {name} model and the axis map differ in {odd[0][0]!r}: both models must have the same tensors "
-                "(tied head, biases) as the map, which is resolved for one config"
+                f"the {name} model and the axis map differ in {differing[0][0]!r}: both models must have the same "
+                "tensors (tied head, biases) as the map, which is resolved for one config"
             )
     for axis in large_sizes:
         if axis in axis_map.frozen and small_sizes[axis] != large_sizes[axis]:
@@ -167,10 +167,10 @@ def _check(
                 "small model may be larger on no axis, choose another pair"
             )
     for name in ("hidden_act", "activation_function", "rope_parameters"):
-        mine, other = getattr(small.config, name, None), getattr(large.config, name, None)
-        if mine != other:
+        of_small, of_large = getattr(small.config, name, None), getattr(large.config, name, None)
+        if of_small != of_large:
             raise RecipeError(
-                f"config field {name!r} is {mine} in the small and {other} in the large model; "
+                f"config field {name!r} is {of_small} in the small and {of_large} in the large model; "
                 "models that compute differently cannot be averaged, choose another pair"
             )
 
@@ -191,21 +191,21 @@ def _match_units(correlation: np.ndarray, signed: bool) -> tuple[np.ndarray, np.
     return partner, np.where(against & signed, -1.0, 1.0)
 
 
-def _turn_stream(model: PreTrainedModel, axis_map: AxisMap, sizes: Sizes, turn: Tensor) -> None:
-    """Writes the residual stream x as x @ turn: (H, H) orthogonal; norms must not mind."""
+def _rotate_stream(model: PreTrainedModel, axis_map: AxisMap, sizes: Sizes, rotation: Tensor) -> None:
+    """Rewrites the residual stream x as x @ rotation, (H, H) orthogonal; the norms must allow it."""
     for name, pattern, _ in axis_map.names(sizes):
         if axis_map.gain_of(pattern) is None:
             parameter = model.get_parameter(name)
             for dim, parts in enumerate(axis_map.layout(pattern).dims):
                 if parts == _STREAM:
-                    _turn_rows(parameter, dim, torch.arange(sizes["hidden"]), turn)
+                    _rotate_rows(parameter, dim, torch.arange(sizes["hidden"]), rotation)
 
 
-def _turn_rows(parameter: Tensor, dim: int, rows: Tensor, turn: Tensor) -> None:
+def _rotate_rows(parameter: Tensor, dim: int, rows: Tensor, rotations: Tensor) -> None:
     """Multiplies some rows (..., n) of a stored dimension with (n, n) matrices, in float64, in place."""
     view = parameter.movedim(dim, -1)
-    turned = view[..., rows].double() @ turn.to(parameter.device)
-    view[..., rows] = turned.to(parameter.dtype)
+    rotated = view[..., rows].double() @ rotations.to(parameter.device)
+    view[..., rows] = rotated.to(parameter.dtype)
 
 
 def _rows(axis_map: AxisMap, sizes: Sizes, choose: Callable[[str, Part, Tensor], Tensor | None]) -> list[_Rows]:
@@ -220,7 +220,7 @@ def _rows(axis_map: AxisMap, sizes: Sizes, choose: Callable[[str, Part, Tensor],
     Returns:
         (pattern, dimension, chosen rows).
     """
-    found = []
+    chosen_rows = []
     for pattern in (p for p in axis_map.tensors if "*" in p):
         for dim, parts in enumerate(axis_map.layout(pattern).dims):
             offset = 0
@@ -230,8 +230,8 @@ def _rows(axis_map: AxisMap, sizes: Sizes, choose: Callable[[str, Part, Tensor],
                 name = f"{pattern} {number + 1}/{len(parts)}"
                 chosen = choose(name, part, rows.reshape([sizes[f] if isinstance(f, str) else f for f in part]))
                 if chosen is not None:
-                    found.append((pattern, dim, chosen))
-    return found
+                    chosen_rows.append((pattern, dim, chosen))
+    return chosen_rows
 
 
 def _up(name: str, part: Part, rows: Tensor) -> Tensor | None:
@@ -253,7 +253,7 @@ def _values(name: str, part: Part, rows: Tensor) -> Tensor | None:
 def _align_ffn(
     model: PreTrainedModel, axis_map: AxisMap, sizes: Sizes, layer: int, moments: Mapping[Place, Moments]
 ) -> dict[str, np.ndarray]:
-    """Finds the partners of the ffn units; in gated models a unit that runs against its partner is turned round."""
+    """Finds the partners of the ffn units; in gated models a unit that runs against its partner changes its sign."""
     down = axis_map.consumers("ffn")[0]
     up = _rows(axis_map, sizes, _up)
     partner, signs = _match_units(moments[down, layer].correlation().numpy(), signed=bool(up))
@@ -265,7 +265,7 @@ def _align_ffn(
         )
         for pattern, dim, rows in [*up, *read]:
             parameter = model.get_parameter(pattern.replace("*", str(layer)))
-            _turn_rows(parameter, dim, rows[:, None, None], torch.from_numpy(signs)[:, None, None])
+            _rotate_rows(parameter, dim, rows[:, None, None], torch.from_numpy(signs)[:, None, None])
     return {"ffn": partner}
 
 
@@ -291,9 +291,9 @@ def _align_heads(
     paired = np.array([[_best_sum(similarity[g, h]) for h in range(many)] for g in range(few)])
     groups = _best_columns(paired)
     matched = similarity[np.arange(few), groups]  # (few, q_few, q_many)
-    kept = np.argsort(-matched.max(1).sum(0), kind="stable")[:q_few] if q_few < q_many else np.arange(q_many)
+    kept_heads = np.argsort(-matched.max(1).sum(0), kind="stable")[:q_few] if q_few < q_many else np.arange(q_many)
     queries = np.stack(
-        [np.argsort(_best_columns(m[:, kept])) for m in matched]
+        [np.argsort(_best_columns(m[:, kept_heads])) for m in matched]
     )  # (few, q_few): small head at each place
     for pattern, d, rows in _rows(axis_map, small, lambda _, part, rows: rows if "q_per_kv" in part else None):
         view = model.get_parameter(pattern.replace("*", str(layer))).movedim(d, -1)
@@ -301,17 +301,19 @@ def _align_heads(
     values = _rows(axis_map, small, _values)
     if values:
         cross = moment.cross.reshape(few, q_few, dim, many, q_many, dim)
-        own = torch.arange(few)[:, None]
-        pairs = cross[own, torch.from_numpy(queries), :, torch.from_numpy(groups)[:, None], torch.from_numpy(kept)]
-        turn = _nearest_rotation(pairs.sum(1))  # (few, dim, dim)
+        small_groups = torch.arange(few)[:, None]
+        pairs = cross[
+            small_groups, torch.from_numpy(queries), :, torch.from_numpy(groups)[:, None], torch.from_numpy(kept_heads)
+        ]
+        rotations = _nearest_rotation(pairs.sum(1))  # (few, dim, dim)
         read = _rows(
             axis_map, small, lambda name, part, rows: rows if name.startswith(out + " ") and axis in part else None
         )
         for pattern, d, rows in [*values, *read]:
             parameter = model.get_parameter(pattern.replace("*", str(layer)))
-            _turn_rows(parameter, d, rows.reshape(few, -1, dim), turn)
-    rest = np.setdiff1d(np.arange(q_many), kept)
-    return {axis: groups} | ({"q_per_kv": np.concatenate([kept, rest])} if q_few < q_many else {})
+            _rotate_rows(parameter, d, rows.reshape(few, -1, dim), rotations)
+    rest = np.setdiff1d(np.arange(q_many), kept_heads)
+    return {axis: groups} | ({"q_per_kv": np.concatenate([kept_heads, rest])} if q_few < q_many else {})
 
 
 def _best_columns(score: np.ndarray) -> np.ndarray:
@@ -323,7 +325,7 @@ def _best_sum(score: np.ndarray) -> float:
     return float(score[linear_sum_assignment(score, maximize=True)].sum())
 
 
-def _adopt_gains(
+def _copy_gains(
     large: PreTrainedModel,
     small: PreTrainedModel,
     axis_map: AxisMap,
@@ -331,7 +333,7 @@ def _adopt_gains(
     layers: Sequence[int],
     partner: np.ndarray,
 ) -> None:
-    """Gives the small model's norms the large one's gains; the matrices that read them take up the ratio.
+    """Copies the large model's norm gains into the small one; the matrices that read them take up the ratio.
 
     Averaging gains and matrices apart would mix one model's gains with the other's matrices.
     """
@@ -340,20 +342,20 @@ def _adopt_gains(
         readers = axis_map.readers(gain) if gain in axis_map.norms else ()
         if axis_map.layout(gain).dims != (_STREAM,) or not readers or any(map(axis_map.writes, readers)):
             continue
-        mine = small.get_parameter(name)
-        other = large.get_parameter(name if j is None else gain.replace("*", str(layers[j])))
-        old, new = (p.detach().double().cpu() + offset for p in (mine, other))
+        parameter = small.get_parameter(name)
+        neighbor = large.get_parameter(name if j is None else gain.replace("*", str(layers[j])))
+        old, new = (p.detach().double().cpu() + offset for p in (parameter, neighbor))
         new = new[torch.from_numpy(partner)]
         usable = torch.minimum(old.abs() / old.abs().mean(), new.abs() / new.abs().mean()) > LEAST_GAIN
-        ratio = torch.where(usable, old / new, 1.0).to(mine.device)
-        mine.copy_((mine.double() + offset) / ratio - offset)
+        ratio = torch.where(usable, old / new, 1.0).to(parameter.device)
+        parameter.copy_((parameter.double() + offset) / ratio - offset)
         if (bias := gain.removesuffix(".weight") + ".bias") in axis_map.tensors:
             small.get_parameter(bias.replace("*", str(j))).div_(ratio)
         for reader in readers:
-            parameter = small.get_parameter(reader.replace("*", str(j)))
+            matrix = small.get_parameter(reader.replace("*", str(j)))
             for dim, parts in enumerate(axis_map.layout(reader).dims):
                 if parts == _STREAM:
-                    parameter.copy_((parameter.double().movedim(dim, -1) * ratio).movedim(-1, dim))
+                    matrix.copy_((matrix.double().movedim(dim, -1) * ratio).movedim(-1, dim))
 
 
 @torch.inference_mode()

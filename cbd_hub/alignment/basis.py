@@ -66,10 +66,10 @@ def rotate(model: PreTrainedModel, axis_map: AxisMap, sizes: Sizes, blocks: Tens
         if pattern in gains
     }
     covariance, energy = _moments(model, list(gain), sizes["hidden"], blocks, batch_size)
-    scale, kept = torch.ones(sizes["hidden"], dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+    scale, unrotated = torch.ones(sizes["hidden"], dtype=torch.float64), torch.empty(0, dtype=torch.int64)
     if final is not None:
-        scale, kept = _halve_gain(gain[final], covariance.diagonal())
-    turn = _principal_axes(scale[:, None] * covariance * scale, kept)
+        scale, unrotated = _halve_gain(gain[final], covariance.diagonal())
+    rotation = _principal_axes(scale[:, None] * covariance * scale, unrotated)
 
     before = _logits(model, blocks[:1])
     with torch.no_grad():
@@ -80,8 +80,8 @@ def rotate(model: PreTrainedModel, axis_map: AxisMap, sizes: Sizes, blocks: Tens
                 if final is not None:  # the mean square that the norm sees has changed; its gain takes that up
                     flat *= (energy[name] * scale.square()).mean().sqrt()
                 if pattern == final:
-                    rest = (gain[name] / scale.square())[_others(kept, len(scale))]  # all the same, the mean gain
-                    flat *= torch.cat([gain[name][kept], rest])
+                    rest = (gain[name] / scale.square())[_others(unrotated, len(scale))]  # all the same, the mean gain
+                    flat *= torch.cat([gain[name][unrotated], rest])
                 parameter.copy_(flat - offset)
                 continue
             factor = scale if axis_map.writes(pattern) else 1 / scale
@@ -89,7 +89,7 @@ def rotate(model: PreTrainedModel, axis_map: AxisMap, sizes: Sizes, blocks: Tens
                 factor = factor * gain[reads[pattern].replace("*", str(layer))]
             for dim, parts in enumerate(axis_map.layout(pattern).dims):
                 if parts == _STREAM[0]:
-                    matrix = (factor[:, None] * turn).to(parameter.device)
+                    matrix = (factor[:, None] * rotation).to(parameter.device)
                     parameter.copy_((parameter.double().movedim(dim, -1) @ matrix).movedim(-1, dim))
     return (_logits(model, blocks[:1]) - before).abs().max().item()
 
@@ -147,30 +147,30 @@ def _halve_gain(gain: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
         s (H,), the square root of gain / mean gain, 1 for units that are kept; and these units, by falling energy.
     """
     by_energy = torch.argsort(energy, descending=True, stable=True)
-    low = gain < LEAST_GAIN * gain.abs().mean()
-    low[by_energy[:KEPT_AXES]] = True
-    kept = by_energy[low[by_energy]]
-    if low.all():
+    excluded = gain < LEAST_GAIN * gain.abs().mean()
+    excluded[by_energy[:KEPT_AXES]] = True
+    unrotated = by_energy[excluded[by_energy]]
+    if excluded.all():
         raise AxisMapError(
             f"all {len(gain)} hidden units dominate or have no positive final gain: none can be rotated"
         )
-    scale = torch.where(low, 1.0, gain / gain[~low].mean()).sqrt()
-    return scale, kept
+    scale = torch.where(excluded, 1.0, gain / gain[~excluded].mean()).sqrt()
+    return scale, unrotated
 
 
-def _others(kept: Tensor, hidden: int) -> Tensor:
-    return torch.tensor(sorted(set(range(hidden)) - set(kept.tolist())))
+def _others(unrotated: Tensor, hidden: int) -> Tensor:
+    return torch.tensor(sorted(set(range(hidden)) - set(unrotated.tolist())))
 
 
-def _principal_axes(covariance: Tensor, kept: Tensor) -> Tensor:
+def _principal_axes(covariance: Tensor, unrotated: Tensor) -> Tensor:
     """An orthogonal matrix (H, H): first the kept units, then the principal axes of the others by falling energy."""
-    others = _others(kept, len(covariance))
+    others = _others(unrotated, len(covariance))
     axes = torch.linalg.eigh(covariance[others[:, None], others]).eigenvectors.flip(1)
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
-    turn = torch.zeros_like(covariance)
-    turn[kept, torch.arange(len(kept))] = 1
-    turn[others, len(kept) :] = axes * largest.sign()
-    return turn
+    rotation = torch.zeros_like(covariance)
+    rotation[unrotated, torch.arange(len(unrotated))] = 1
+    rotation[others, len(unrotated) :] = axes * largest.sign()
+    return rotation
 
 
 @torch.inference_mode()

@@ -139,11 +139,11 @@ class AxisMap:
         Raises:
             AxisMapError: No pattern matches, or more than one.
         """
-        found = [(p, m) for regex, p in self._matchers if (m := regex.fullmatch(name))]
-        if len(found) != 1:
-            how = "no pattern" if not found else "more than one pattern (" + ", ".join(p for p, _ in found) + ")"
+        matches = [(p, m) for regex, p in self._matchers if (m := regex.fullmatch(name))]
+        if len(matches) != 1:
+            how = "no pattern" if not matches else "more than one pattern (" + ", ".join(p for p, _ in matches) + ")"
             raise AxisMapError(f"tensor {name!r} matches {how} of the axis map {self.model_type!r}")
-        pattern, match = found[0]
+        pattern, match = matches[0]
         return pattern, int(match.group(1)) if match.groups() else None
 
     def parameter_name(self, key: str) -> str | None:

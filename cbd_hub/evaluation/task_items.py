@@ -116,14 +116,14 @@ def _options(row: Row, number: int) -> tuple[str, list[str], int]:
         if not mark:
             raise ValueError(f"field 'options' has no option {letter}")
         parts.append(part)
-    question, *found = [*parts, rest]
+    question, *texts = [*parts, rest]
     if number == len(_LETTERS):  # and a few the question's mark behind the last option
-        found[-1] = found[-1].removesuffix("?")
+        texts[-1] = texts[-1].removesuffix("?")
     answer = _text(row, "answer")
     gold = _LETTERS[:number].find(answer[0])
-    if gold < 0 or answer.strip() != f"{answer[0]}. {found[gold]}".strip():
+    if gold < 0 or answer.strip() != f"{answer[0]}. {texts[gold]}".strip():
         raise ValueError(f"field 'answer' is none of the options: {answer!r:.60}")
-    return question, found, gold
+    return question, texts, gold
 
 
 def _choices(row: Row, question: str, number: int) -> tuple[str, list[str], int]:

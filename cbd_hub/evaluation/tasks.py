@@ -73,15 +73,15 @@ def evaluate_tasks(
         raise RecipeError(f"limit must be 1 or more, not {limit}")
     harness, base = _harness()
     read = read_items(tasks, items)
-    shown = progress and is_progress_bar_enabled()
-    cut: dict[str, set[int]] = {name: set() for name in read}
+    show_bars = progress and is_progress_bar_enabled()
+    truncated: dict[str, set[int]] = {name: set() for name in read}
 
     class Judge(base):  # type: ignore[misc, valid-type]
         """The harness's model, which says what it had to cut, and shows bars only when they are wanted."""
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             self.asked = [(request.task_name, request.doc_id) for request in requests]
-            return super().loglikelihood(requests, disable_tqdm=not shown)
+            return super().loglikelihood(requests, disable_tqdm=not show_bars)
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **more: Any) -> Any:
             for (task, number), (_, context, answer) in zip(self.asked, requests, strict=True):
@@ -91,10 +91,10 @@ def evaluate_tasks(
                         f"of {self.max_length}"
                     )
                 if len(context) + len(answer) > self.max_length + 1:
-                    cut[task].add(number)
+                    truncated[task].add(number)
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **more)
 
-    with _as_it_was(model, shown):
+    with _as_it_was(model, show_bars):
         judge = Judge(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),
@@ -107,19 +107,19 @@ def evaluate_tasks(
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=_SEED)
         # What simple_evaluate does, but for its description of the machine, which takes seconds a model.
-        found = harness.evaluate(lm=judge, task_dict=loaded, limit=limit, log_samples=False)
+        evaluated = harness.evaluate(lm=judge, task_dict=loaded, limit=limit, log_samples=False)
     return [
         {
             "task": name,
             "metric": metric,
-            "value": float(found["results"][name][f"{metric},none"]),
-            "stderr": _number(found["results"][name][f"{metric}_stderr,none"]),
-            "items": int(found["n-samples"][name]["effective"]),
-            "truncated": len(cut[name]),
+            "value": float(evaluated["results"][name][f"{metric},none"]),
+            "stderr": _number(evaluated["results"][name][f"{metric}_stderr,none"]),
+            "items": int(evaluated["n-samples"][name]["effective"]),
+            "truncated": len(truncated[name]),
         }
         for name in read
         for metric in ("acc", "acc_norm")
-        if f"{metric},none" in found["results"][name]
+        if f"{metric},none" in evaluated["results"][name]
     ]
 
 

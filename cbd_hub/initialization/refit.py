@@ -103,10 +103,10 @@ def refit(
             zip(progress_bar(layers, "refit", unit="layer", enabled=progress), ends, strict=True)
         ):
             seen = right.run(first, [middle])
-            between = _kept(seen[middle], kept)
+            between = _kept_columns(seen[middle], kept)
             right.advance()
             right.skip_to(end + 1)
-            target = _kept(right.stream, kept)
+            target = _kept_columns(right.stream, kept)
             seen = left.run(j, [*writers, middle])
             parallel = all(torch.equal(a, b.flatten(0, -2)) for a, b in zip(seen[middle], left.stream, strict=True))
             if parallel:  # attention and ffn read the same stream
@@ -129,7 +129,7 @@ def _middle_norm(axis_map: AxisMap) -> str:
     return (ffn or norms)[-1]
 
 
-def _kept(stream: Sequence[Tensor], kept: Tensor | None) -> list[Tensor]:
+def _kept_columns(stream: Sequence[Tensor], kept: Tensor | None) -> list[Tensor]:
     return [x if kept is None else x.index_select(-1, kept.to(x.device)) for x in stream]
 
 

@@ -121,11 +121,11 @@ def transplant_vocabulary(
 
     def rows_of(table: Tensor) -> Tensor:
         """New rows (V_new, ...) from the source's (V_old, ...), in its dtype."""
-        wide = table.detach()[: len(old)].float().reshape(-1, math.prod(table.shape[1:])).cpu()
-        made = torch.empty(size, wide.shape[1])
-        made[shared >= 0] = wide[shared[shared >= 0]]
-        made[missing] = _make_rows(wide, spelled, seed, 1.0 if method == "random" else _SPREAD)
-        return made.reshape(size, *table.shape[1:]).to(table)
+        old_rows = table.detach()[: len(old)].float().reshape(-1, math.prod(table.shape[1:])).cpu()
+        new_rows = torch.empty(size, old_rows.shape[1])
+        new_rows[shared >= 0] = old_rows[shared[shared >= 0]]
+        new_rows[missing] = _make_rows(old_rows, spelled, seed, 1.0 if method == "random" else _SPREAD)
+        return new_rows.reshape(size, *table.shape[1:]).to(table)
 
     new = copy.deepcopy(model)
     old_embedding: Any = model.get_input_embeddings()

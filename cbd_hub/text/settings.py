@@ -41,8 +41,8 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     @model_validator(mode="after")
     def _exactly_one_source(self) -> "SourceConfig":
         if bool(self.text_files) == (self.dataset is not None):
-            given = "both" if self.dataset else "neither"
-            raise ValueError(f"give exactly one of text_files and dataset, got {given}")
+            got = "both" if self.dataset else "neither"
+            raise ValueError(f"give exactly one of text_files and dataset, got {got}")
         return self
 
 
@@ -83,9 +83,9 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     @model_validator(mode="after")
     def _one_way(self) -> "DataConfig":
         ways = {"text_files": self.text_files, "dataset": self.dataset, "sources": self.sources}
-        given = [name for name, value in ways.items() if value]
-        if len(given) != 1:
-            got = " and ".join(given) or "none"
+        named = [name for name, value in ways.items() if value]
+        if len(named) != 1:
+            got = " and ".join(named) or "none"
             raise ValueError(f"give exactly one of text_files and dataset, or a list of sources, got {got}")
         return self
 

@@ -49,12 +49,12 @@ def load_splits(
     Raises:
         RecipeError: as :func:`cbd_hub.text.documents.read_source` and :func:`split_documents` say.
     """
-    found = []
+    splits = []
     for source in config.each_source():
         documents = read_source(source, base_dir, tokenizer, streaming=config.streaming)
-        found.append(split_documents(documents, config.held_out_fraction, config.seed))
+        splits.append(split_documents(documents, config.held_out_fraction, config.seed))
     # The splits of a stream are a function of each text alone, so there copies are together already.
-    return found if config.streaming or len(found) == 1 else _without_copies(found)
+    return splits if config.streaming or len(splits) == 1 else _without_copies(splits)
 
 
 def split_documents(documents: Documents, held_out_fraction: float, seed: int) -> Splits:
@@ -107,15 +107,15 @@ def split_documents(documents: Documents, held_out_fraction: float, seed: int) -
 def _without_copies(splits: list[Splits]) -> list[Splits]:
     """Leaves out of each split, in memory, what an earlier one of validation, test and train has in any source."""
     seen: set[float] = set()
-    kept: dict[str, list[Dataset]] = {}
+    distinct: dict[str, list[Dataset]] = {}
     for name in ("validation", "test", "train"):
         hashes = [[_hash(row["text"], 0) for row in getattr(split, name)] for split in splits]
-        kept[name] = [
+        distinct[name] = [
             getattr(split, name).select([index for index, value in enumerate(values) if value not in seen])
             for split, values in zip(splits, hashes, strict=True)
         ]
         seen.update(*hashes)
-    return [Splits(**{name: parts[index] for name, parts in kept.items()}) for index in range(len(splits))]
+    return [Splits(**{name: parts[index] for name, parts in distinct.items()}) for index in range(len(splits))]
 
 
 def _hash(text: str, seed: int) -> float:
@@ -150,7 +150,7 @@ def _boundary(text: str, position: int) -> int:
     """The end of the last paragraph, or else of the last word, within 2 % before `position`; else `position`."""
     start = position - len(text) // 50
     for separator in ("\n\n", "\n", " "):
-        found = text.rfind(separator, start, position)
-        if found >= 0:
-            return found + len(separator)
+        place = text.rfind(separator, start, position)
+        if place >= 0:
+            return place + len(separator)
     return position

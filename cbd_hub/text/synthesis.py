@@ -200,7 +200,7 @@ def synthesize(
     name = fingerprint(generator, prompts, config.sampling)
     place = Path(folder) / name
     place.mkdir(parents=True, exist_ok=True)
-    kept: dict[str, list[Any]] = {"text": [], "prompt": [], "number": []}
+    columns: dict[str, list[Any]] = {"text": [], "prompt": [], "number": []}
     dropped: Counter[str] = Counter()
     seen: set[str] = set()
     written = kept_tokens = 0
@@ -212,20 +212,20 @@ def synthesize(
                 dropped[reason] += 1
                 continue
             kept_tokens += row["tokens"]
-            kept["text"].append(row["text"] if is_chat else row["prompt"] + row["text"])
-            kept["prompt"].append(row["prompt"])
-            kept["number"].append(row["number"])
-        counts = {"written": len(prompts), "kept": len(kept["text"]), "dropped": dict(sorted(dropped.items()))}
+            columns["text"].append(row["text"] if is_chat else row["prompt"] + row["text"])
+            columns["prompt"].append(row["prompt"])
+            columns["number"].append(row["number"])
+        counts = {"written": len(prompts), "kept": len(columns["text"]), "dropped": dict(sorted(dropped.items()))}
         tokens = {"written": written, "kept": kept_tokens}
         filters = config.model_dump(include={"min_tokens", "max_repetition", "deduplicate"})
         _write_json(place / "origin.json", {**_origin(place), "filters": filters, "texts": counts, "tokens": tokens})
-    if not kept["text"]:
+    if not columns["text"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
         raise RecipeError(
             f"None of the {len(prompts)} texts passes the filters ({reasons}); lower min_tokens, raise max_repetition "
             "or take another source model."
         )
-    return Dataset.from_dict(kept)
+    return Dataset.from_dict(columns)
 
 
 def _rows(

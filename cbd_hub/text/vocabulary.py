@@ -113,11 +113,11 @@ class Vocabulary:
     @cached_property
     def ids(self) -> dict[bytes, int]:
         """The id that spells a string: of several the lowest, and a ``<0xNN>`` only where there is no other."""
-        found: dict[bytes, int] = {}
+        ids: dict[bytes, int] = {}
         for index in sorted(range(len(self)), key=lambda index: (index in self.fallback, index)):
             if token := self.tokens[index]:
-                found.setdefault(token, index)
-        return found
+                ids.setdefault(token, index)
+        return ids
 
 
 @dataclass(frozen=True, eq=False)
