@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from cbd_hub.errors import RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
-from cbd_hub.losses.cross_vocabulary import Across, cross_vocabulary_loss
 from cbd_hub.losses.chunked import Head
+from cbd_hub.losses.cross_vocabulary import Across, cross_vocabulary_loss
 from cbd_hub.losses.distillation import distillation_loss
 from cbd_hub.losses.heads import head_of, run_model, unhooked
 from cbd_hub.losses.hidden_states import hidden_state_loss
