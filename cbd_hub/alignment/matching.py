@@ -147,17 +147,20 @@ def observe_pairs(
 
     Cost: a forward pass of both; (small units x large units) float32 for every place.
     """
-    mine, other = (axis_map.sizes(model.config) for model in (small, large))
+    small_sizes, large_sizes = (axis_map.sizes(model.config) for model in (small, large))
     of_heads = axis_map.consumers(axis_map.heads.split()[0])
     projections = of_heads + axis_map.consumers("ffn")
     modules: dict[Place, tuple[str, str]] = {}
     moments: dict[Place, Moments] = {}
-    for name, pattern, j in axis_map.names(mine):
+    for name, pattern, j in axis_map.names(small_sizes):
         is_gain = pattern in axis_map.norms and axis_map.layout(pattern).dims == ((("hidden",),),)
         if is_gain or pattern in projections:
             partner = name if j is None else pattern.replace("*", str(layers[j]))
             modules[pattern, j] = name.removesuffix(".weight"), partner.removesuffix(".weight")
-            heads = [product(tuple(axis_map.heads.split()), s) if pattern in of_heads else 0 for s in (mine, other)]
+            heads = [
+                product(tuple(axis_map.heads.split()), s) if pattern in of_heads else 0
+                for s in (small_sizes, large_sizes)
+            ]
             moments[pattern, j] = Moments((heads[0], heads[1]), center=is_gain and axis_map.norm == "layer")
     batch_size = max(1, BATCH_TOKENS // max(1, blocks.shape[-1]))
     total = -(-len(blocks) // batch_size)

@@ -202,11 +202,11 @@ def _page(gr: Any, bench: Workbench, alone: bool) -> Any:
         def build_it(value: float | None, progress: Any = bar) -> Iterator[Any]:
             start = time.monotonic()
             plan = bench.chain.plan(SizeScale.of(bench.chain.manifest).count(value))
-            made = bench.model(plan)
+            model = bench.model(plan)
             seconds = time.monotonic() - start
             yield {
                 built: plan,
-                building: message_html(f"Built: {made.num_parameters():,} parameters, in {seconds:.1f} s."),
+                building: message_html(f"Built: {model.num_parameters():,} parameters, in {seconds:.1f} s."),
                 **{text: gr.Textbox(value="", label=name) for text, name in zip(texts, names, strict=True)},
             }
 
@@ -217,8 +217,8 @@ def _page(gr: Any, bench: Workbench, alone: bool) -> Any:
             yield {generating: "", **dict.fromkeys(texts, "")}
             for place, name, each in zip(texts, names, (small, plan, large), strict=True):
                 label = f"{name}, {format_count(each.num_parameters)}"
-                made = complete(bench.model(each), chain.tokenizer, text, most)
-                yield {place: gr.Textbox(value=made, label=label)}
+                written = complete(bench.model(each), chain.tokenizer, text, most)
+                yield {place: gr.Textbox(value=written, label=label)}
             yield {generating: message_html("Done: the likeliest token each time.")}
 
         @_telling(taking)

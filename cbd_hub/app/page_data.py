@@ -199,14 +199,14 @@ def format_bytes(number: int) -> str:
 def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     """Returns a plan as (what, value) for a person, the numbers asked for first at the top."""
     if plan.method == "anchor":
-        made = f"anchor {plan.large} as it is"
+        origin = f"anchor {plan.large} as it is"
     else:
-        made = f"{plan.method} between {plan.small} (small) and {plan.large} (large)"
+        origin = f"{plan.method} between {plan.small} (small) and {plan.large} (large)"
     expected = "not measured" if plan.expected_loss is None else f"{plan.expected_loss:.3f} nats a token"
     return [
         ("Parameters", f"{plan.num_parameters:,} ({format_count(plan.num_parameters)})"),
         ("Expected loss", expected),
-        ("Made by", made),
+        ("Made by", origin),
         ("Position r", f"{plan.position:.3f} (0: small anchor, 1: large anchor)"),
         ("Alpha", f"{plan.alpha:.3f} (weight of the small anchor)"),
         ("Memory, fp32", format_bytes(4 * plan.num_parameters)),

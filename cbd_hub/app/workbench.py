@@ -95,9 +95,9 @@ class Workbench:
             earlier.unlink()
         name = f"{self.chain.manifest.name}-{format_count(plan.num_parameters)}"
         path = Path(self._packed.name) / f"{name}.zip"
-        with tempfile.TemporaryDirectory(prefix="cbd-hub-") as made, zipfile.ZipFile(path, "w") as packed:
-            write_model(self.chain, plan, Path(made) / name)
-            for file in sorted((Path(made) / name).iterdir()):
+        with tempfile.TemporaryDirectory(prefix="cbd-hub-") as folder, zipfile.ZipFile(path, "w") as packed:
+            write_model(self.chain, plan, Path(folder) / name)
+            for file in sorted((Path(folder) / name).iterdir()):
                 packed.write(file, f"{name}/{file.name}")  # stored: weights do not compress
         return path
 
@@ -118,9 +118,9 @@ class Workbench:
         repository = Repository(repo_id, token)
         repository.state()  # a wrong token is told before anything is written
         message = f"{plan.num_parameters:,} parameters from the chain {self.chain.manifest.name}"
-        with tempfile.TemporaryDirectory(prefix="cbd-hub-") as made:
-            write_model(self.chain, plan, made, repo_id=repo_id)
-            commit = publish_folder(Path(made), repo_id, message, private=private or None, token=token)
+        with tempfile.TemporaryDirectory(prefix="cbd-hub-") as folder:
+            write_model(self.chain, plan, folder, repo_id=repo_id)
+            commit = publish_folder(Path(folder), repo_id, message, private=private or None, token=token)
         return f"{repository.url} at {commit.sha[:12]}"
 
 
@@ -150,6 +150,6 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
     config.update(max_new_tokens=new_tokens, max_length=None, do_sample=False, **greedy)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    run: Any = model  # transformers types generate() away
-    made = run.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    generator: Any = model  # transformers types generate() away
+    generated = generator.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return str(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True))

@@ -111,8 +111,8 @@ def evaluate_on_tasks(
             measured = evaluate_tasks(
                 loaded, opened.tokenizer, tasks, items, limit, batch_size=batch_size, progress=progress
             )
-            head = {"name": name, "num_parameters": loaded.num_parameters()}
-            rows += [{**head, **row, "of": opened.of} for row in measured]
+            model_columns = {"name": name, "num_parameters": loaded.num_parameters()}
+            rows += [{**model_columns, **row, "of": opened.of} for row in measured]
     return rows
 
 
@@ -161,8 +161,8 @@ def evaluate_on_summaries(
                 metric_scripts=metric_scripts,
                 progress=progress,
             )
-            head = {"name": name, "num_parameters": loaded.num_parameters()}
-            rows += [{**head, **row, "of": opened.of} for row in measured]
+            model_columns = {"name": name, "num_parameters": loaded.num_parameters()}
+            rows += [{**model_columns, **row, "of": opened.of} for row in measured]
     return rows
 
 

@@ -89,10 +89,10 @@ def measure_curve(
         except SizeError:  # a tiny chain whose steps are coarser than the tolerance
             continue
         plans = [plan, *([chain.plan(target, method="interpolate")] if plan.method == "bezier" else [])]
-        for made in plans:
-            model = chain.initialize(made, dtype=torch.float32, progress=False)
+        for plan in plans:
+            model = chain.initialize(plan, dtype=torch.float32, progress=False)
             result = evaluate_loss(model, blocks, max_tokens=max_tokens)
-            points.append(CurvePoint(num_parameters=made.num_parameters, loss=result.loss, method=made.method))
+            points.append(CurvePoint(num_parameters=plan.num_parameters, loss=result.loss, method=plan.method))
     return points
 
 

@@ -73,9 +73,9 @@ def list_candidates(plan: Plan, manifest: Manifest) -> Generator[list[Candidate]
     others = [m for m in ("expand", "prune") if m != plan.method]
     fits = can_refit(manifest.resolved_axis_map)
     best = yield [
-        Candidate(m + (" + refit" if fits and m == "prune" else ""), made, refit=fits and m == "prune")
+        Candidate(m + (" + refit" if fits and m == "prune" else ""), again, refit=fits and m == "prune")
         for m in others
-        for made in [_again(plan, manifest, {"expand": 1.0, "prune": 0.0}[m], method=m)]
+        for again in [_again(plan, manifest, {"expand": 1.0, "prune": 0.0}[m], method=m)]
     ]
     if fits and not best.refit:
         yield [Candidate(f"{best.name} + refit", best.plan, refit=True)]
@@ -124,39 +124,41 @@ def choose(
         if candidate.refit:
             if not large:
                 large.append(nn.Module.to(load_large(), device))
-            made, axis_map = candidate.plan, manifest.resolved_axis_map
-            units = made.pair.index_map
-            kept = kept_hidden(units, made.sizes["hidden"], axis_map.sizes(large[0].config)["hidden"])
-            refit(model, large[0], axis_map, units.layers_of(made.sizes["layers"]), kept, fit_blocks)
+            candidate_plan, axis_map = candidate.plan, manifest.resolved_axis_map
+            units = candidate_plan.pair.index_map
+            hidden_units = kept_hidden(
+                units, candidate_plan.sizes["hidden"], axis_map.sizes(large[0].config)["hidden"]
+            )
+            refit(model, large[0], axis_map, units.layers_of(candidate_plan.sizes["layers"]), hidden_units, fit_blocks)
         return model
 
     best = Candidate("planned", plan)
     model = build(best)
-    planned = mine = _losses(model, parts)
+    planned_losses = best_losses = _losses(model, parts)
     losses = {best.name: evaluate_loss(model, blocks[:rows]).loss}
     stages = list_candidates(plan, manifest)
     stage = next(stages, None)
     while stage is not None:
-        able = [candidate for candidate in stage if len(fit_blocks) or not candidate.refit]
-        for candidate in progress_bar(able, "comparing", unit="candidate", enabled=progress):
-            made = build(candidate)
-            losses[candidate.name] = evaluate_loss(made, blocks[:rows]).loss
+        possible = [candidate for candidate in stage if len(fit_blocks) or not candidate.refit]
+        for candidate in progress_bar(possible, "comparing", unit="candidate", enabled=progress):
+            candidate_model = build(candidate)
+            losses[candidate.name] = evaluate_loss(candidate_model, blocks[:rows]).loss
             if losses[candidate.name] < losses[best.name]:
-                best, model = candidate, made
-            del made  # gone before the next is made
+                best, model = candidate, candidate_model
+            del candidate_model  # gone before the next is made
         try:
             stage = stages.send(best)
         except StopIteration:
             stage = None
     if best.name != "planned":
-        mine = _losses(model, parts)
-        gain = planned - mine
+        best_losses = _losses(model, parts)
+        gain = planned_losses - best_losses
         if len(gain) < 2 or not gain.mean() > 2 * gain.std(ddof=1) / np.sqrt(len(gain)):
-            best, model, mine = Candidate("planned", plan), build(Candidate("planned", plan)), planned
+            best, model, best_losses = Candidate("planned", plan), build(Candidate("planned", plan)), planned_losses
     model.config.cbd_hub["refine"] = {
         "candidate": best.name,
-        "calibration_loss": float(mine.mean()),
-        "planned_loss": float(planned.mean()),
+        "calibration_loss": float(best_losses.mean()),
+        "planned_loss": float(planned_losses.mean()),
         "calibration_tokens": sum(part.numel() for part in parts),
         "compared": losses,
     }
@@ -180,20 +182,21 @@ def _again(
     index_map: IndexMap | None = None,
 ) -> Plan:
     """The same target, made otherwise."""
-    weight, way = plan.alpha if alpha is None else alpha, method or plan.method
+    weight, chosen_method = plan.alpha if alpha is None else alpha, method or plan.method
     pair = plan.pair if index_map is None else replace(plan.pair, index_map=index_map)
-    own = own_weight
-    if own is None:
-        rule = way in ("interpolate", "bezier") and plan.own_weight < 1  # 1 for an anchor that was only cut out
-        own = plan.own_weight if alpha is None else 1 - weight**2 if rule else 1.0
-    operations = list_operations(pair, plan.sizes, way, weight, own)
+    large_only_weight = own_weight
+    if large_only_weight is None:
+        # The weight is 1 where the small anchor was only cut out.
+        rule = chosen_method in ("interpolate", "bezier") and plan.own_weight < 1
+        large_only_weight = plan.own_weight if alpha is None else 1 - weight**2 if rule else 1.0
+    operations = list_operations(pair, plan.sizes, chosen_method, weight, large_only_weight)
     entries = {a.name: a for a in manifest.anchors}
     both = entries[plan.large], entries[plan.small], pair, plan.sizes, operations
     return replace(
         plan,
         alpha=weight,
-        method=way,
-        own_weight=own,
+        method=chosen_method,
+        own_weight=large_only_weight,
         operations=operations,
         pair=pair,
         needed=needed_by(*both),
@@ -204,11 +207,13 @@ def _again(
 def _other_layers(plan: Plan) -> list[IndexMap]:
     """Other choices of the layers that the target has beyond the small anchor's."""
     index_map, small = plan.pair.index_map, plan.pair.small["layers"]
-    kept, dropped = np.split(index_map.layers, [small])
-    if not small < plan.sizes["layers"] < small + len(dropped):
+    kept_layers, dropped_layers = np.split(index_map.layers, [small])
+    if not small < plan.sizes["layers"] < small + len(dropped_layers):
         return []
-    turns = range(1, min(len(dropped), _MOST_DEPTHS + 1))
-    return [replace(index_map, layers=np.concatenate([kept, np.roll(dropped, -turn)])) for turn in turns]
+    shifts = range(1, min(len(dropped_layers), _MOST_DEPTHS + 1))
+    return [
+        replace(index_map, layers=np.concatenate([kept_layers, np.roll(dropped_layers, -shift)])) for shift in shifts
+    ]
 
 
 def save_calibration(blocks: Tensor, path: Path) -> None:
@@ -223,12 +228,12 @@ def load_calibration(manifest: Manifest, path: Path) -> Tensor:
         IntegrityError: The file is damaged, or what it holds are no token ids of the chain's vocabulary.
     """
     try:
-        found = load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: a dtype numpy does not have
         raise IntegrityError(f"{path} cannot be read: {error}") from None
-    ids, most = found.get("input_ids"), manifest.sizes(manifest.anchors[0])["vocab"]
+    ids, vocabulary = tensors.get("input_ids"), manifest.sizes(manifest.anchors[0])["vocab"]
     if ids is None or ids.dtype != np.int32 or ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise IntegrityError(f"{path} must hold `input_ids`, int32 of shape (blocks, 2 or more tokens)")
-    if ids.min() < 0 or ids.max() >= most:
-        raise IntegrityError(f"{path} holds token ids outside the vocabulary of {most}")
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise IntegrityError(f"{path} holds token ids outside the vocabulary of {vocabulary}")
     return torch.from_numpy(ids.astype(np.int64))

@@ -145,14 +145,14 @@ def _show_chain(chain: "Chain", as_json: bool) -> None:
     columns = [Column(name, overflow="fold") for name in ("shape (what differs)", "trained on", "held-out loss")]
     table = Table(Column("anchor", no_wrap=True), "parameters", *columns, "perplexity", "aligned")
     for anchor in manifest.anchors:
-        told = anchor.evaluation
+        evaluation = anchor.evaluation
         table.add_row(
             anchor.name,
             format_count(anchor.num_parameters),
             "\n".join(f"{name} {anchor.shape[name]}" for name in varying),
             f"{format_count(anchor.training.tokens)} tokens" if anchor.training else "-",
-            f"{told.loss:.4f}" if told else "-",
-            f"{told.perplexity:.2f}" if told else "-",
+            f"{evaluation.loss:.4f}" if evaluation else "-",
+            f"{evaluation.perplexity:.2f}" if evaluation else "-",
             "yes" if anchor.aligned else "no",
         )
     console.print(table)
@@ -184,7 +184,7 @@ def plan(
 
     Example: cbd-hub plan my-chain --num-parameters 138M
     """
-    made = open_chain(locate(chain, revision, token, cache_dir, local_files_only)).plan(
+    planned = open_chain(locate(chain, revision, token, cache_dir, local_files_only)).plan(
         num_parameters,
         shape=read_shape(shape),
         alpha="auto" if alpha is None else alpha,
@@ -192,9 +192,9 @@ def plan(
         tolerance=tolerance,
     )
     if as_json:
-        print_json(made.as_dict())
+        print_json(planned.as_dict())
     else:
-        sys.stdout.write(f"{made}\n")
+        sys.stdout.write(f"{planned}\n")
 
 
 @app.command("from-chain")
@@ -228,24 +228,24 @@ def from_chain_command(
     from cbd_hub.hub.publish import publish_folder
 
     opened = open_chain(locate(chain, revision, token, cache_dir, local_files_only))
-    made = opened.plan(
+    planned = opened.plan(
         num_parameters,
         shape=read_shape(shape),
         alpha="auto" if alpha is None else alpha,
         method=method,
         tolerance=tolerance,
     )
-    write_model(opened, made, output, dtype=dtype, progress=not as_json, refine=refine, repo_id=push_to_hub)
+    write_model(opened, planned, output, dtype=dtype, progress=not as_json, refine=refine, repo_id=push_to_hub)
     published = None
     if push_to_hub:
-        message = f"{made.num_parameters:,} parameters from the chain {chain}"
+        message = f"{planned.num_parameters:,} parameters from the chain {chain}"
         published = publish_folder(output, push_to_hub, message, private=private or None, token=token)
     if as_json:
-        told = {"published": {"repo_id": published.repo_id, "commit": published.sha}} if published else {}
-        print_json({**made.as_dict(), "output": str(output), **told})
+        publication = {"published": {"repo_id": published.repo_id, "commit": published.sha}} if published else {}
+        print_json({**planned.as_dict(), "output": str(output), **publication})
     else:
-        for note in made.notes:
+        for note in planned.notes:
             sys.stderr.write(f"note: {note}\n")
-        sys.stdout.write(f"{made.num_parameters:,} parameters, {made.method}, written to {output}\n")
+        sys.stdout.write(f"{planned.num_parameters:,} parameters, {planned.method}, written to {output}\n")
         if published:
             sys.stdout.write(f"published as {published.repo_id} at {published.sha}\n")

@@ -133,8 +133,8 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
             error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
             cells = [row["task"], row["metric"], f"{row['value']:.4f}{error}", f"{row['items']:,}"]
         anchor = "" if row["name"] == row["of"] else row["name"]
-        told = [row["of"], anchor] if several else [row["name"]]
-        table.add_row(*map(escape, told), f"{row['num_parameters']:,}", *map(escape, cells))
+        labels = [row["of"], anchor] if several else [row["name"]]
+        table.add_row(*map(escape, labels), f"{row['num_parameters']:,}", *map(escape, cells))
     Console().print(table)
     if losses:
         if not one_tokenizer(rows):
@@ -178,7 +178,7 @@ def recover(
     """
     from cbd_hub.training.recover import recover_on_text
 
-    found = recover_on_text(
+    recoveries = recover_on_text(
         model,
         text,
         output,
@@ -191,10 +191,10 @@ def recover(
         progress=not as_json,
     )
     if as_json:
-        print_json({name: result.as_dict() for name, result in found.items()})
+        print_json({name: result.as_dict() for name, result in recoveries.items()})
         return
     table = Table(Column("model", overflow="fold"), "tokens", "loss before", "loss after")
-    for name, result in found.items():
+    for name, result in recoveries.items():
         table.add_row(name, f"{result.training.tokens:,}", f"{result.start_loss:.4f}", f"{result.final_loss:.4f}")
     Console().print(table)
     sys.stdout.write(f"losses in nats a token, on held-out text; written to {output}\n")

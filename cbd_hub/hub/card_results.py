@@ -98,14 +98,14 @@ def add_results(card: ModelCard, held: str) -> ModelCard:
     if "\nmodel-index:" not in held:
         return card
     try:
-        known: Any = ModelCard(held).data
+        earlier: Any = ModelCard(held).data
     except (ValueError, yaml.YAMLError):
         return card
-    kept = [result for result in known.eval_results or [] if result.dataset_name != OWN_TEXT]
-    if kept:
+    measured_elsewhere = [result for result in earlier.eval_results or [] if result.dataset_name != OWN_TEXT]
+    if measured_elsewhere:
         data: Any = card.data
-        data.model_name = data.model_name or known.model_name
-        data.eval_results = _merged(kept, data.eval_results or [])
+        data.model_name = data.model_name or earlier.model_name
+        data.eval_results = _merged(measured_elsewhere, data.eval_results or [])
     return card
 
 

@@ -161,12 +161,12 @@ def recovered_card(
     test_tokens: int,
     chain: str | None = None,
     teacher: str | None = None,
-    kept: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> ModelCard:
     """Returns the card of a model that was trained on (:mod:`cbd_hub.training.recover`).
 
     Args:
-        name: What it was begun as.
+        name: The model that training started from.
         parameters: How many it has.
         family: Its ``model_type``.
         tokens: Training tokens.
@@ -174,12 +174,12 @@ def recovered_card(
         test_tokens: How many tokens these are the mean of.
         chain: The chain that its start was made from, if it was.
         teacher: The model that it learned from, if any.
-        kept: Metadata of the start's card that stays true: license, language, data sets, bases.
+        metadata: What stays true of the starting model's card: license, language, data sets, bases.
     """
     return _render(
         "recovered.md.jinja",
         ModelCardData(
-            library_name="transformers", pipeline_tag="text-generation", tags=list(_TAGS), **dict(kept or {})
+            library_name="transformers", pipeline_tag="text-generation", tags=list(_TAGS), **dict(metadata or {})
         ),
         name=name,
         parameters=parameters,

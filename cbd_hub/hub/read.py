@@ -140,18 +140,18 @@ def _first_line(error: Exception) -> str:
 
 def _refusal(repo_id: str, what: str, at: str, error: HfHubHTTPError) -> str:
     status = error.response.status_code
-    said = error.server_message or _first_line(error)
+    reason = error.server_message or _first_line(error)
     if status == 401:
-        return f"the Hub does not accept the token for {repo_id}: `hf auth login`, HF_TOKEN or token= ({said})"
+        return f"the Hub does not accept the token for {repo_id}: `hf auth login`, HF_TOKEN or token= ({reason})"
     if status == 403:
-        return f"your token has no permission for {what} of {repo_id}: it needs write access to it ({said})"
+        return f"your token has no permission for {what} of {repo_id}: it needs write access to it ({reason})"
     if status == 412:
         return f"{repo_id}{at} was changed by somebody else meanwhile; nothing was overwritten: run this again"
     if status == 429:
         return f"the Hub limits the rate of requests ({what} of {repo_id}{at}); wait a little and try again"
     if status >= 500:
         return f"the Hub failed ({status}) during {what} of {repo_id}{at}; try again later"
-    return f"the Hub refused {what} of {repo_id}{at}: {said}"
+    return f"the Hub refused {what} of {repo_id}{at}: {reason}"
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,8 @@ class Location:
         if self.force_download:
             return None
         with clear_errors(self.place, name, self.revision):
-            found = try_to_load_from_cache(self.place, self._inner(name), self.cache_dir, self.revision)
-        return Path(found) if isinstance(found, str) else None
+            path = try_to_load_from_cache(self.place, self._inner(name), self.cache_dir, self.revision)
+        return Path(path) if isinstance(path, str) else None
 
     def ranged(self, name: str, size: int, sha256: str) -> "RangedFile":
         """Returns a file of a repository, at a pinned commit, of which byte ranges are to be fetched.
@@ -237,10 +237,10 @@ class Location:
         root = None if self.cache_dir is None else str(Path(self.cache_dir).expanduser() / ".locks" / "assets")
         folder = cached_assets_path("cbd_hub", "--".join(self.place.split("/")), str(self.revision), assets_dir=root)
         filename = self._inner(name)
-        kept = PartialFile(folder / filename.replace("/", "--"), size)
+        partial_file = PartialFile(folder / filename.replace("/", "--"), size)
         if self.force_download:
-            kept.discard()
-        return RangedFile(self, filename, sha256, kept)
+            partial_file.discard()
+        return RangedFile(self, filename, sha256, partial_file)
 
     def forget(self, path: Path | None) -> None:
         """Drops a fetched copy that turned out to be damaged, so that the next call fetches it again.
@@ -301,7 +301,7 @@ class RangedFile:
     location: Location
     filename: str
     sha256: str
-    kept: PartialFile
+    partial_file: PartialFile
 
     def fetch(self, wanted: Iterable[Run], *, progress: bool = True) -> Path:
         """Returns the path of a file of the right size in which at least ``wanted`` is real; holes read as zeros.
@@ -318,47 +318,47 @@ class RangedFile:
             IntegrityError: The Hub's file is not the one that the manifest names.
             NoRangesError: The server sends whole files only.
         """
-        missing = self.kept.missing(wanted)
+        missing = self.partial_file.missing(wanted)
         if not missing:
-            return self.kept.path
+            return self.partial_file.path
         with clear_errors(self.location.place, self.filename, self.location.revision):
             url, headers = self._address
             label = f"{self.filename}, the rows needed"
             with counter(label, count_bytes(missing), unit="B", enabled=progress) as add:
-                self.kept.fill(missing, partial(_get_range, url, headers, self.kept.size), add)
-        return self.kept.path
+                self.partial_file.fill(missing, partial(_get_range, url, headers, self.partial_file.size), add)
+        return self.partial_file.path
 
     @cached_property
     def _address(self) -> tuple[str, dict[str, str]]:
         """Where the bytes are, and the headers to ask with, once the Hub's file proved to be the manifest's."""
-        place, revision, size = self.location.place, self.location.revision, self.kept.size
+        place, revision, size = self.location.place, self.location.revision, self.partial_file.size
         if self.location.local_files_only or constants.HF_HUB_OFFLINE:
             raise LocalEntryNotFoundError("not cached")
         url = hf_hub_url(place, self.filename, revision=revision)
-        told = get_hf_file_metadata(url, token=self.location.token, retry_on_errors=True, **LIBRARY)
-        other = told.etag is not None and _SHA256.fullmatch(told.etag) and told.etag != self.sha256
-        if other or told.size != size:
+        metadata = get_hf_file_metadata(url, token=self.location.token, retry_on_errors=True, **LIBRARY)
+        different = metadata.etag is not None and _SHA256.fullmatch(metadata.etag) and metadata.etag != self.sha256
+        if different or metadata.size != size:
             raise IntegrityError(
                 f"{self.filename} of {place} at revision {revision!r} is not the file that the manifest names: it has "
-                f"{told.size} bytes and ETag {told.etag}, not {size} bytes and SHA-256 {self.sha256}"
+                f"{metadata.size} bytes and ETag {metadata.etag}, not {size} bytes and SHA-256 {self.sha256}"
             )
         headers = build_hf_headers(token=self.location.token, **LIBRARY)
-        if urlsplit(told.location).netloc != urlsplit(url).netloc:  # a signed address: the token stays here
+        if urlsplit(metadata.location).netloc != urlsplit(url).netloc:  # a signed address: the token stays here
             headers.pop("authorization", None)
-        return told.location, headers
+        return metadata.location, headers
 
 
 def _get_range(url: str, headers: dict[str, str], size: int, start: int, stop: int) -> bytes:
     """Returns the bytes start..stop of a file of ``size`` bytes; what comes is compared with what was asked for."""
-    asked = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    response = http_backoff("GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    request_headers = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    response = http_backoff("GET", url, headers=request_headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
     hf_raise_for_status(response)
     data = response.content
     if response.status_code == 200 and stop - start < size:
         raise NoRangesError(f"{urlsplit(url).netloc} does not answer byte ranges")
-    told = response.headers.get("Content-Range", "")
-    if response.status_code == 206 and told != f"bytes {start}-{stop - 1}/{size}":
-        raise IntegrityError(f"asked for bytes {start}-{stop - 1} of {size} of {url}, got {told!r}")
+    content_range = response.headers.get("Content-Range", "")
+    if response.status_code == 206 and content_range != f"bytes {start}-{stop - 1}/{size}":
+        raise IntegrityError(f"asked for bytes {start}-{stop - 1} of {size} of {url}, got {content_range!r}")
     if len(data) != stop - start:
         raise IntegrityError(f"asked for {stop - start} bytes of {url}, got {len(data)}")
     return data

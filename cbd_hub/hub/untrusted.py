@@ -107,6 +107,6 @@ def read_tokenizer(paths: Iterable[Path], name: str) -> Tokenizer:
         for path in paths:
             (Path(folder) / path.name).symlink_to(path.resolve())
         load = AutoTokenizer.from_pretrained
-        made: Tokenizer = guarded("the chain's tokenizer", lambda: load(folder, trust_remote_code=False))
-    made.name_or_path = name
-    return made
+        tokenizer: Tokenizer = guarded("the chain's tokenizer", lambda: load(folder, trust_remote_code=False))
+    tokenizer.name_or_path = name
+    return tokenizer

@@ -151,16 +151,16 @@ class Repository:
             PublishError: No permission, a branch that moved on meanwhile, or a connection that broke.
         """
         changed = self.differing(files, state)
-        gone = [name for name in delete if name in state.files]
-        if not changed and not gone:
+        deleted = [name for name in delete if name in state.files]
+        if not changed and not deleted:
             return Commit(self.repo_id, state.commit, (), 0)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(name, source if isinstance(source := files[name].source, bytes) else str(source))
             for name in changed
         ]
-        operations += [CommitOperationDelete(name) for name in gone]
+        operations += [CommitOperationDelete(name) for name in deleted]
         with clear_errors(self.repo_id, "committing", self.branch, writing=True):
-            made = self.api.create_commit(
+            created = self.api.create_commit(
                 self.repo_id,
                 operations,
                 commit_message=message,
@@ -169,7 +169,7 @@ class Repository:
                 parent_commit=state.commit,
             )
         size = sum(files[name].size for name in changed)
-        return Commit(self.repo_id, made.oid, tuple(changed), size, made.pr_url)
+        return Commit(self.repo_id, created.oid, tuple(changed), size, created.pr_url)
 
     def tag(self, name: str, commit: str) -> None:
         """Tags a commit; a tag that is there already stays where it is.
@@ -212,11 +212,11 @@ def gather(
     """
     api = HfApi(token=token, **LIBRARY)
     with clear_errors(f"{owner}'s collection {title!r}", "changing", writing=True):
-        made = api.create_collection(
+        collection = api.create_collection(
             title, namespace=owner, description=description[:150], private=private, exists_ok=True
         )
-        there = {item.item_id for item in api.get_collection(made.slug).items}
+        present = {item.item_id for item in api.get_collection(collection.slug).items}
         for repo_id in repositories:
-            if repo_id not in there:
-                api.add_collection_item(made.slug, repo_id, "model", exists_ok=True)
-    return made.url
+            if repo_id not in present:
+                api.add_collection_item(collection.slug, repo_id, "model", exists_ok=True)
+    return collection.url

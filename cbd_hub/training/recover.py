@@ -49,7 +49,7 @@ __all__ = [
     "recover_on_text",
 ]
 
-_KEPT = ("license", "license_name", "license_link", "language", "datasets", "base_model", "base_model_relation")
+_CARD_KEYS = ("license", "license_name", "license_link", "language", "datasets", "base_model", "base_model_relation")
 
 
 class RecoverConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
@@ -165,32 +165,34 @@ def recover_folder(
         if "sequence_length" not in data.model_fields_set:
             data = data.model_copy(update={"sequence_length": min(512, _context(start.config))})
         teacher = None if config.teacher is None else _open_teacher(config.teacher, tokenizer)
-        given: dict[str, Any] = {"work_dir": Path(work), "progress": progress}
-        done = {}
+        options: dict[str, Any] = {"work_dir": Path(work), "progress": progress}
+        recoveries = {}
         if config.scratch_learning_rate is not None:
             training = config.training.model_copy(update={"learning_rate": config.scratch_learning_rate})
-            done["from scratch"] = recover(start, tokenizer, data, training, teacher, scratch=True, **given)
-        done["recovered"] = found = recover(start, tokenizer, data, config.training, teacher, **given)
+            recoveries["from scratch"] = recover(start, tokenizer, data, training, teacher, scratch=True, **options)
+        recoveries["recovered"] = recovery = recover(start, tokenizer, data, config.training, teacher, **options)
         start.to(dtype=dtype)  # type: ignore[call-arg]
         start.config.dtype = dtype
         origin: dict[str, Any] = getattr(start.config, "cbd_hub", None) or {}
         start.config.cbd_hub = {
             **origin,
             "recovered": {
-                **{name: getattr(found, name) for name in ("start_loss", "final_loss", "test_tokens")},
-                **{name: getattr(found.training, name) for name in ("tokens", "best_step", "seed")},
-                "teacher": _told(config.teacher) if config.teacher else None,
+                **{name: getattr(recovery, name) for name in ("start_loss", "final_loss", "test_tokens")},
+                **{name: getattr(recovery.training, name) for name in ("tokens", "best_step", "seed")},
+                "teacher": _public_name(config.teacher) if config.teacher else None,
                 "version": version("cbd_hub"),
             },
         }
         start.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        told = {"config": config.model_dump(mode="json")} | {name: each.as_dict() for name, each in done.items()}
-        (folder / "recovery.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        record = {"config": config.model_dump(mode="json")} | {
+            name: each.as_dict() for name, each in recoveries.items()
+        }
+        (folder / "recovery.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         title = f"Recovery of {format_count(start.num_parameters())} parameters"
-        plot_recovery({name: each.curve for name, each in done.items()}, folder / "recovery.png", title)
-        (folder / "README.md").write_text(_card(start, str(model), config.teacher, origin, found), encoding="utf-8")
-    return done
+        plot_recovery({name: each.curve for name, each in recoveries.items()}, folder / "recovery.png", title)
+        (folder / "README.md").write_text(_card(start, str(model), config.teacher, origin, recovery), encoding="utf-8")
+    return recoveries
 
 
 def recover_on_text(
@@ -249,12 +251,12 @@ def recover_on_text(
 
 def _blocks(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Documents]:
     """The packed blocks of each split."""
-    how, found = (data.sequence_length, data.document_boundaries), {}
+    packing, packed = (data.sequence_length, data.document_boundaries), {}
     splits = load_splits(data, tokenizer=tokenizer)
     for name in ("train", "validation", "test"):
-        blocks = [pack(getattr(split, name), tokenizer, *how) for split in splits]
-        found[name] = mix(blocks, data.shares, data.seed, repeat=name == "train")
-    return found
+        blocks = [pack(getattr(split, name), tokenizer, *packing) for split in splits]
+        packed[name] = mix(blocks, data.shares, data.seed, repeat=name == "train")
+    return packed
 
 
 def _context(config: PreTrainedConfig) -> int:
@@ -299,11 +301,11 @@ def _open_teacher(place: str, tokenizer: Tokenizer) -> PreTrainedModel:
         except ChainNotFoundError:
             if Path(place).exists():
                 raise
-    teacher, own = _open(place) if chain is None else (chain.anchors[0].load(), chain.tokenizer)
-    if own.get_vocab() != tokenizer.get_vocab():
+    teacher, teacher_tokenizer = _open(place) if chain is None else (chain.anchors[0].load(), chain.tokenizer)
+    if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise RecipeError(
-            f"The teacher {place!r} has another vocabulary than the model ({len(own)} and {len(tokenizer)} entries); "
-            "take one with the same, such as the largest anchor of the model's own chain."
+            f"The teacher {place!r} has another vocabulary than the model ({len(teacher_tokenizer)} and "
+            f"{len(tokenizer)} entries); take one with the same, such as the largest anchor of the model's own chain."
         )
     return teacher
 
@@ -318,13 +320,13 @@ def _curve(work_dir: Path, tokens: int) -> list[tuple[int, float]]:
     return [(log["step"] * a_step, log["eval_loss"]) for log in state["log_history"] if "eval_loss" in log]
 
 
-def _told(place: str) -> str:
-    """A folder's own name, or a repo id, in characters that mean nothing in Markdown."""
+def _public_name(place: str) -> str:
+    """The name of a folder, or a repo id, in characters that mean nothing in Markdown."""
     return re.sub(r"[^\w./-]", "-", Path(place).resolve().name if Path(place).is_dir() else place)
 
 
-def _kept(place: str) -> dict[str, Any]:
-    """What the start's own card says of license, data and bases."""
+def _card_metadata(place: str) -> dict[str, Any]:
+    """License, data and bases, as the card of the starting model states them."""
     path = Path(place) / "README.md"
     if not Path(place).is_dir():
         return {"base_model": place, "base_model_relation": "finetune"}
@@ -333,20 +335,22 @@ def _kept(place: str) -> dict[str, Any]:
         values = yaml.safe_load(head[1]) if head else {}
     except yaml.YAMLError:
         values = {}
-    return {name: value for name, value in values.items() if name in _KEPT} if isinstance(values, dict) else {}
+    return {name: value for name, value in values.items() if name in _CARD_KEYS} if isinstance(values, dict) else {}
 
 
-def _card(model: PreTrainedModel, place: str, teacher: str | None, origin: Mapping[str, Any], found: Recovery) -> str:
+def _card(
+    model: PreTrainedModel, place: str, teacher: str | None, origin: Mapping[str, Any], recovery: Recovery
+) -> str:
     chain = origin.get("chain")
     card = recovered_card(
-        _told(place),
+        _public_name(place),
         model.num_parameters(),
         model.config.model_type,
-        tokens=found.training.tokens,
-        losses=(found.start_loss, found.final_loss),
-        test_tokens=found.test_tokens,
-        chain=_told(str(chain)) if chain else None,
-        teacher=_told(teacher) if teacher else None,
-        kept=_kept(place),
+        tokens=recovery.training.tokens,
+        losses=(recovery.start_loss, recovery.final_loss),
+        test_tokens=recovery.test_tokens,
+        chain=_public_name(str(chain)) if chain else None,
+        teacher=_public_name(teacher) if teacher else None,
+        metadata=_card_metadata(place),
     )
     return str(card)
