@@ -95,7 +95,9 @@ def case_of(folder: Path) -> Case:
     chain = Chain.from_pretrained(folder / "chain")
     plan = chain.plan(middle(chain.manifest))
     stored = {anchor.name: open_weights(chain, anchor, progress=False).tensors for anchor in chain.manifest.anchors}
-    read = {(plan.large, op.large) for op in plan.operations} | {(plan.small, op.small) for op in plan.operations}
+    read = {(plan.large, op.large_name) for op in plan.operations} | {
+        (plan.small, op.small_name) for op in plan.operations
+    }
     runs = sorted(
         (info.file, info.start, info.stop) for anchor, name in read if name for info in [stored[anchor][name]]
     )

@@ -68,11 +68,11 @@ class Moments:
 
     def correlation(self) -> Tensor:
         """(A, B), float64; 0 where a unit never changes."""
-        spread = [
+        deviations = [
             (self.sums[3 + i].double() / self.count - (self.sums[1 + i].double() / self.count).square()).clamp(min=0)
             for i in (0, 1)
         ]
-        scale = torch.outer(*spread).sqrt()
+        scale = torch.outer(*deviations).sqrt()
         return torch.where(scale > 0, self.covariance() / scale.clamp(min=1e-30), 0.0)
 
     def group_similarity(self) -> Tensor:

@@ -131,21 +131,25 @@ def choose(config: BridgeConfig, on: BridgeInputs) -> tuple[list[Way], str, Voca
     Raises:
         RecipeError: A way was asked for that these two models do not allow.
     """
-    asked = None if config.use == "auto" else list(config.use)
+    requested = None if config.use == "auto" else list(config.use)
     if on.source is None:
-        if asked not in (None, ["seqkd"], []):
+        if requested not in (None, ["seqkd"], []):
             raise RecipeError(
-                f"the source is behind a server, which gives only text; bridge.use is {asked} and can be [seqkd]"
+                f"the source is behind a server, which gives only text; bridge.use is {requested} and can be [seqkd]"
             )
-        return ["seqkd"] if asked is None else asked, "the source is behind a server, which gives only text", None
+        return (
+            ["seqkd"] if requested is None else requested,
+            "the source is behind a server, which gives only text",
+            None,
+        )
     try:
         pairs, report = on.pairs, on.compare()
     except RecipeError as error:
-        if on.source_tokenizer is None or (asked and set(asked) & {"logits", "transplant"}):
+        if on.source_tokenizer is None or (requested and set(requested) & {"logits", "transplant"}):
             raise
-        return ["seqkd"] if asked is None else asked, f"the vocabularies cannot be compared ({error})", None
-    if asked is not None:
-        return asked, "the recipe says so", report
+        return ["seqkd"] if requested is None else requested, f"the vocabularies cannot be compared ({error})", None
+    if requested is not None:
+        return requested, "the recipe says so", report
     shared = report.student_frequency
     if pairs.identical:
         return ["transplant", "logits"], "source and chain have one vocabulary", report
@@ -169,7 +173,7 @@ def build_anchor_zero(
         config: How.
         on: Source, tokenizers and text.
         work_dir: Folder for what training writes.
-        say: Told, in a sentence or a table each, what was chosen and what was found.
+        say: Called with a sentence or a table: what was chosen, and how the vocabularies compare.
         progress: Show progress bars.
 
     Returns:
@@ -179,26 +183,26 @@ def build_anchor_zero(
     its writing, once for any number of builds.
 
     Raises:
-        RecipeError: The models do not allow what is asked for, the config is none of the architecture's, the source
+        RecipeError: The models do not allow the requested ways, the config is none of the architecture's, the source
             cannot generate, or a server gave no text.
     """
     ways, why, report = choose(config, on)
     say(f"bridge from {on.source_name}: {' + '.join(ways) or 'nothing but the corpus'}, because {why}")
     if report is not None:
         say(str(report))
-    wanted = _config(config, on)
-    model, carried, fresh_blocks = _start(config, on, wanted, "transplant" in ways, progress)
-    say(f"anchor zero starts with {', '.join(carried) or 'random weights'}")
+    target_config = _config(config, on)
+    model, copied, fresh_blocks = _start(config, on, target_config, "transplant" in ways, progress)
+    say(f"anchor zero starts with {', '.join(copied) or 'random weights'}")
     if fresh_blocks is not None:
         say(f"its blocks are fresh: {fresh_blocks}")
     train, generated = on.train, 0
     if "seqkd" in ways:
-        train, generated = _written(config, on, progress)
+        train, generated = _generated_blocks(config, on, progress)
     across, teacher = None, None
     if "logits" in ways and on.source is not None and on.source_tokenizer is not None:
         teacher = on.source
         rows = on.source.config.get_text_config().vocab_size
-        if not (on.pairs.identical and rows == wanted.get_text_config().vocab_size):
+        if not (on.pairs.identical and rows == target_config.get_text_config().vocab_size):
             across = Across(TokenAligner(on.tokenizer, on.source_tokenizer), on.pairs, config.uld)
     training = distill(
         model,
@@ -218,7 +222,7 @@ def build_anchor_zero(
         source_architecture=None if on.source is None else on.source.config.model_type,
         use=ways,
         why=why,
-        carried=carried,
+        carried=copied,
         fresh_blocks=fresh_blocks,
         vocabulary=None if report is None else json.loads(json.dumps(report.to_dict())),
         generated_documents=generated,
@@ -243,32 +247,32 @@ def _config(config: BridgeConfig, on: BridgeInputs) -> PreTrainedConfig:
 
 
 def _start(
-    config: BridgeConfig, on: BridgeInputs, wanted: PreTrainedConfig, transplant: bool, progress: bool
+    config: BridgeConfig, on: BridgeInputs, target_config: PreTrainedConfig, transplant: bool, progress: bool
 ) -> tuple[PreTrainedModel, list[str], str | None]:
-    """Anchor zero before training, what of the source it has, and why its blocks are not among that."""
-    fresh = fresh_model(wanted, config.training.seed)
+    """Anchor zero before training, which parts of the source it has, and why its blocks are not among them."""
+    fresh = fresh_model(target_config, config.training.seed)
     if not transplant or on.source is None or on.source_tokenizer is None:
         return fresh, [], None
-    moved, _ = transplant_vocabulary(
+    transplanted, _ = transplant_vocabulary(
         on.source,
         on.source_tokenizer,
         on.tokenizer,
-        rows=wanted.get_text_config().vocab_size,
+        rows=target_config.get_text_config().vocab_size,
         method=config.embeddings,
     )
     try:
-        full = _carried(moved, wanted, on.calibration)
+        with_blocks = _blocks_under(transplanted, target_config, on.calibration)
     except (AxisMapError, RecipeError) as error:
         if on.calibration is None:
             raise RecipeError(
                 "transplant needs calibration_tokens above 0, to know which tokens are frequent"
             ) from error
-        embeddings_into(fresh, moved, on.calibration)
+        embeddings_into(fresh, transplanted, on.calibration)
         return fresh, ["embeddings"], str(error)
-    return _cut_to(full, wanted, on.calibration, progress), ["embeddings", "blocks"], None
+    return _cut_to(with_blocks, target_config, on.calibration, progress), ["embeddings", "blocks"], None
 
 
-def _carried(source: PreTrainedModel, wanted: PreTrainedConfig, blocks: Tensor | None) -> PreTrainedModel:
+def _blocks_under(source: PreTrainedModel, wanted: PreTrainedConfig, blocks: Tensor | None) -> PreTrainedModel:
     """The source with its blocks under another config, before it is cut to that one's sizes.
 
     Raises:
@@ -288,11 +292,11 @@ def _carried(source: PreTrainedModel, wanted: PreTrainedConfig, blocks: Tensor |
     for field, value in axis_map.config_fields({**large, "vocab": small["vocab"]}).items():
         setattr(full, field, value)
     for field in axis_map.layer_lists:
-        entries, theirs = getattr(full, field, None), getattr(source.config, field, None)
+        entries, source_entries = getattr(full, field, None), getattr(source.config, field, None)
         if entries and len(entries) != large["layers"]:  # those of the smaller model
-            if theirs is None and len(set(entries)) > 1:
+            if source_entries is None and len(set(entries)) > 1:
                 raise RecipeError(f"{field} differs from layer to layer, and the source's layers are all alike")
-            setattr(full, field, list(theirs or entries[:1] * large["layers"]))
+            setattr(full, field, list(source_entries or entries[:1] * large["layers"]))
     return copy_blocks(source, full, blocks=None if blocks is None else blocks[:8])[0]
 
 
@@ -317,7 +321,7 @@ def _cut_to(
     return student
 
 
-def _written(config: BridgeConfig, on: BridgeInputs, progress: bool) -> tuple[Documents, int]:
+def _generated_blocks(config: BridgeConfig, on: BridgeInputs, progress: bool) -> tuple[Documents, int]:
     """Packed blocks of what the source writes, and of how many texts."""
     generator = make_generator(config.generation, on.source, on.source_tokenizer)
     prompts = read_prompts(config.generation, on.documents(), on.source_tokenizer or on.tokenizer, on.base)

@@ -47,7 +47,7 @@ __all__ = ["build_chain"]
 
 
 @dataclass(frozen=True)
-class _Made:
+class _BuiltAnchor:
     """What one step made, before it is saved."""
 
     name: str
@@ -81,7 +81,7 @@ class _Build:
 
     # -- steps
 
-    def source(self) -> _Made:
+    def source(self) -> _BuiltAnchor:
         """Step 0: the source becomes the largest anchor, rotated first where a later anchor is narrower."""
         model, training = self._source_model()
         axis_map = axis_map_for(model.config)
@@ -90,20 +90,22 @@ class _Build:
         if basis == "pca" and blocks is not None:
             rotate(model, axis_map, sizes, blocks)
         name = self.recipe.source.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, sizes))}"
-        return _Made(name, model, training, None, basis)
+        return _BuiltAnchor(name, model, training, None, basis)
 
     def _source_model(self) -> tuple[PreTrainedModel, Training | None]:
-        """The source itself, or anchor zero, founded on it; how goes into a record of its own."""
+        """The source itself, or anchor zero, which is founded on it and has a record of its own."""
         if (bridge := self.recipe.bridge) is None:
             return self.inputs.source(self.state / "work", self.progress)
-        on = self.inputs.bridge_inputs(bridge)
+        inputs = self.inputs.bridge_inputs(bridge)
 
         def say(text: str) -> None:
             stage_line(text, self.progress and PartialState().is_main_process)
 
-        model, training, made = build_anchor_zero(bridge, on, self.state / "work", say=say, progress=self.progress)
+        model, training, record = build_anchor_zero(
+            bridge, inputs, self.state / "work", say=say, progress=self.progress
+        )
         if PartialState().is_main_process:
-            _write_json(self.state / BRIDGE_RECORD, made.model_dump(mode="json"))
+            _write_json(self.state / BRIDGE_RECORD, record.model_dump(mode="json"))
         return model, training
 
     def _basis(self, axis_map: AxisMap, sizes: Sizes) -> str:
@@ -135,7 +137,7 @@ class _Build:
             raise RecipeError(f"spread.waypoints names {sorted(unknown)[0]!r}; axes here: {', '.join(large)}")
         return ladder(axis_map, large, target, waypoints=self.recipe.spread.waypoints)
 
-    def anchor(self, index: int, parent: Anchor, basis: str) -> _Made:
+    def anchor(self, index: int, parent: Anchor, basis: str) -> _BuiltAnchor:
         """Step k: rank the parent's units, cut the student out, refit it, distill it from the parent."""
         spec = self.recipe.anchors[index - 1]
         teacher = self.load(parent.name)
@@ -182,9 +184,11 @@ class _Build:
         if cut_loss is not None:
             training = training.model_copy(update={"cut_loss": cut_loss})
         if curve is None:
-            return _Made(name, student, training, index_map, basis)
+            return _BuiltAnchor(name, student, training, index_map, basis)
         record = curve.judge(self.inputs.validation or [])
-        return _Made(name, student, training, index_map, basis, record, curve.factors() if is_better(record) else None)
+        return _BuiltAnchor(
+            name, student, training, index_map, basis, record, curve.factors() if is_better(record) else None
+        )
 
     def _rank(
         self, index: int, teacher: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, basis: str
@@ -211,11 +215,11 @@ class _Build:
         record = self.state / f"step-{index}.json"
         fingerprint = step_fingerprint(self.recipe, index)
         if not record.is_file():
-            made = self.source() if parent is None else self.anchor(index, parent, basis)
+            built = self.source() if parent is None else self.anchor(index, parent, basis)
             if PartialState().is_main_process:
                 init = self.recipe.anchors[index - 1].init if index else None
-                entry = self._save(made, parent, init).model_dump(mode="json")
-                _write_json(record, {"fingerprint": fingerprint, "basis": made.basis, "anchor": entry})
+                entry = self._save(built, parent, init).model_dump(mode="json")
+                _write_json(record, {"fingerprint": fingerprint, "basis": built.basis, "anchor": entry})
             PartialState().wait_for_everyone()
         saved = json.loads(record.read_text(encoding="utf-8"))
         if saved["fingerprint"] != fingerprint:
@@ -240,9 +244,9 @@ class _Build:
             "resume=False (--no-resume)"
         )
 
-    def _save(self, made: _Made, parent: Anchor | None, init: str | None) -> Anchor:
+    def _save(self, built: _BuiltAnchor, parent: Anchor | None, init: str | None) -> Anchor:
         """Writes an anchor's folder whole, then renames it into place; returns its manifest entry."""
-        name, model, index_map = made.name, made.model, made.index_map
+        name, model, index_map = built.name, built.model, built.index_map
         axis_map = axis_map_for(model.config)
         sizes = axis_map.sizes(model.config)
         evaluation = None
@@ -264,9 +268,9 @@ class _Build:
             self.inputs.tokenizer.save_pretrained(partial)
         files = {p.name: manifests.file_entry(p) for p in sorted(partial.iterdir()) if _is_model_file(p.name)}
         partial.replace(folder)
-        control = made.control_point
-        if control is not None and made.factors is not None:
-            control = save_control_point(made.factors, control, self.output, name, dtype)
+        control = built.control_point
+        if control is not None and built.factors is not None:
+            control = save_control_point(built.factors, control, self.output, name, dtype)
         return Anchor(
             name=name,
             subfolder=f"anchors/{name}",
@@ -278,7 +282,7 @@ class _Build:
             aligned=init is None,
             layer_order=[int(i) for i in index_map.layers] if index_map is not None else None,
             files=files,
-            training=made.training,
+            training=built.training,
             evaluation=evaluation,
             control_point=control,
         )

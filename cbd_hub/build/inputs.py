@@ -1,6 +1,6 @@
 """What a build is made from: the text in three splits, the tokenizer, and the source model.
 
-Everything here is a function of the recipe alone, so that a build that is gone on with finds the same ingredients.
+Everything here is a function of the recipe alone, so that a build that is resumed has the same inputs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -71,9 +71,9 @@ class BuildInputs:
         if wanted is None:  # a bare model can be cut without a tokenizer
             return _load_tokenizer(self._source()) if source.model else None
         if isinstance(wanted, str):
-            if (found := _load_tokenizer(self._location(wanted))) is None:
+            if (loaded := _load_tokenizer(self._location(wanted))) is None:
                 raise RecipeError(f"{wanted!r} holds no tokenizer; name a folder or a repo id with one")
-            return found
+            return loaded
         return train_tokenizer(chain.from_iterable(s.train for s in self.splits), wanted.vocab_size)
 
     @cached_property
@@ -212,7 +212,7 @@ def _load_tokenizer(location: Location) -> Tokenizer | None:
     if folder.is_dir() and not any("token" in p.name or "vocab" in p.name for p in folder.iterdir()):
         return None
     try:
-        found: Tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **location.options)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **location.options)
     except (OSError, ValueError) as error:
         raise RecipeError(f"the tokenizer of {place!r} cannot be loaded: {error}") from error
-    return found if len(found) > len(found.all_special_ids) else None
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None

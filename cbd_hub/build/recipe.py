@@ -68,9 +68,9 @@ class Source(_Strict):
 
     @model_validator(mode="after")
     def _one(self) -> "Source":
-        given = [name for name in ("model", "train", "served") if getattr(self, name) is not None]
-        if len(given) != 1:
-            got = " and ".join(given) or "none"
+        named = [name for name in ("model", "train", "served") if getattr(self, name) is not None]
+        if len(named) != 1:
+            got = " and ".join(named) or "none"
             raise ValueError(f"give exactly one of model, train and served, got {got}")
         if self.model is None and self.revision is not None:
             raise ValueError("revision belongs to model, and there is none")
@@ -120,9 +120,9 @@ class AnchorSpec(_Strict):
     @model_validator(mode="after")
     def _one(self) -> "AnchorSpec":
         ways = ("fraction", "num_parameters", "shape", "init")
-        given = [name for name in ways if getattr(self, name) is not None]
-        if len(given) != 1:
-            got = " and ".join(given) or "none"
+        named = [name for name in ways if getattr(self, name) is not None]
+        if len(named) != 1:
+            got = " and ".join(named) or "none"
             raise ValueError(f"give exactly one of fraction, num_parameters, shape and init, got {got}")
         if self.init is None and self.revision is not None:
             raise ValueError("revision belongs to init, and there is none")

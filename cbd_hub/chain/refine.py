@@ -62,7 +62,7 @@ def list_candidates(plan: Plan, manifest: Manifest) -> Generator[list[Candidate]
         alphas = [a for a in (alpha - _ALPHA_STEP, alpha + _ALPHA_STEP) if 0 < a < 1]
         full = _again(plan, manifest, alpha, own_weight=1.0)
         best = yield [
-            *([Candidate(f"{plan.method}, own units at full weight", full)] if plan.own_weight < 1 else []),
+            *([Candidate(f"{plan.method}, large-only units at full weight", full)] if plan.own_weight < 1 else []),
             *(Candidate(f"{plan.method}, alpha {a:.2f}", _again(plan, manifest, a)) for a in alphas),
             *([Candidate("interpolate", _again(plan, manifest, method="interpolate"))] if plan.needed_control else []),
         ]

@@ -8,7 +8,7 @@ Three steps lead from a trained model to the first anchor of a chain of another 
 2. :func:`cbd_hub.initialization.copy_blocks.copy_blocks` moves the blocks into another family, where its blocks
    compute the same.
 3. :func:`embeddings_into` is for families and widths where they do not: the blocks are fresh, but the embedding is
-   the source's, turned so that its leading directions come first and cut to the new width.
+   the source's, rotated so that its leading directions come first, and cut to the new width.
 """
 
 import copy
@@ -31,10 +31,10 @@ __all__ = ["TransplantReport", "embeddings_into", "transplant_vocabulary"]
 
 
 _ROLES = ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id")
-_KEPT = (
-    0.6  # of what a mean of pieces is apart from the mean of all rows: a made row must not claim too much probability
-)
-_SPREAD = 0.1  # of the rows, that of one drawn where nothing is known
+_SHRINK = 0.6
+"""Factor of a mean of pieces' distance from the mean of all rows: a long row would claim too much probability."""
+_NOISE = 0.1
+"""Standard deviation of a drawn row, relative to that of the source's rows."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def transplant_vocabulary(
     """Copies a model for another tokenizer: the same blocks, and an embedding (and head) with its rows.
 
     Tokens of both vocabularies keep their rows. With "pieces", any other becomes the mean of the source tokens that
-    spell it, moved two fifths of the way to the mean of all rows, because in a head a row of a made-up token otherwise
-    claims too much probability. What is left is drawn near the mean of all rows, and with "random" all of them with
-    the spread of the source's rows. The head of an untied model and its bias are made alike.
+    spell it, moved two fifths of the way to the mean of all rows, because in a head a new row otherwise claims too
+    much probability. What is left is drawn near the mean of all rows, and with "random" all of them with the standard
+    deviation of the source's rows. The head of an untied model and its bias get rows in the same way.
 
     The model has a row for each id of the new tokenizer, so the padding of a source's vocabulary is not kept, and no
     row is made from it; padding of its own (`rows`) is drawn. Its config takes over the new tokenizer's special
@@ -124,7 +124,7 @@ def transplant_vocabulary(
         old_rows = table.detach()[: len(old)].float().reshape(-1, math.prod(table.shape[1:])).cpu()
         new_rows = torch.empty(size, old_rows.shape[1])
         new_rows[shared >= 0] = old_rows[shared[shared >= 0]]
-        new_rows[missing] = _make_rows(old_rows, spelled, seed, 1.0 if method == "random" else _SPREAD)
+        new_rows[missing] = _make_rows(old_rows, spelled, seed, 1.0 if method == "random" else _NOISE)
         return new_rows.reshape(size, *table.shape[1:]).to(table)
 
     new = copy.deepcopy(model)
@@ -149,13 +149,13 @@ def embeddings_into(
 ) -> None:
     """Starts the embedding of a fresh model of another width from a source's, in place.
 
-    The source's rows are turned onto their principal directions, weighted by how often the blocks hold each token, so
+    The source's rows are rotated onto their principal directions, weighted by how often the blocks hold each token, so
     that the leading ones come first, and cut to the new width. Then all are scaled: a family's fresh blocks expect
-    about the spread of its initialization. An untied head takes the source's head rows, turned and scaled alike. Where
-    the new model is wider, the further columns stay as they are.
+    about the standard deviation of its initialization. An untied head takes the source's head rows, rotated and scaled
+    in the same way. Where the new model is wider, the further columns stay as they are.
 
     Measured on a GPT-2 of width 128 and 2 layers from SmolLM2, nats per token after 60 steps of speeches: 6.54 from
-    random rows; 6.06, 5.84, 6.19 and 6.84 with a spread of 1, 2, 5 and 15 times the initialization's.
+    random rows; 6.06, 5.84, 6.19 and 6.84 with 1, 2, 5 and 15 times the standard deviation of the initialization.
 
     Args:
         model: The new model, of any family.
@@ -196,17 +196,17 @@ def _put(weight: Tensor, rows: Tensor, scale: float) -> None:
     weight[:, : rows.shape[1]] = (rows * (scale / rows.std())).to(weight)
 
 
-def _make_rows(old: Tensor, spelled: list[list[int]], seed: int, spread: float) -> Tensor:
+def _make_rows(old: Tensor, spelled: list[list[int]], seed: int, noise: float) -> Tensor:
     """Rows (M, D) for the missing tokens from the source's (V_old, D): means of pieces, or drawn at random."""
     generator = torch.Generator().manual_seed(seed)
-    rows = old.mean(0) + spread * old.std(0) * torch.randn(len(spelled), old.shape[1], generator=generator)
+    rows = old.mean(0) + noise * old.std(0) * torch.randn(len(spelled), old.shape[1], generator=generator)
     if not any(spelled):
         return rows
     lengths = torch.tensor([len(pieces) for pieces in spelled])
     flat = torch.tensor([token for pieces in spelled for token in pieces])
     offsets = lengths.cumsum(0) - lengths
     means = F.embedding_bag(flat, old, offsets, mode="mean")
-    rows[lengths > 0] = torch.lerp(old.mean(0), means, _KEPT)[lengths > 0]
+    rows[lengths > 0] = torch.lerp(old.mean(0), means, _SHRINK)[lengths > 0]
     return rows
 
 

@@ -65,14 +65,14 @@ def make_tensor(
     axis_map = pair.axis_map
     layout = axis_map.layout(op.pattern)
     offset = 1.0 if axis_map.norm == "rms+1" and op.pattern in axis_map.norms else 0.0
-    addition = rescale(read_small(op.small), op.small_scale, offset) if op.small else None
-    if not op.large:
+    addition = rescale(read_small(op.small_name), op.small_scale, offset) if op.small_name else None
+    if not op.large_name:
         out = torch.empty(op.shape, dtype=dtype, device=None if addition is None else addition.device)
         return (
             out.zero_() if addition is None else out.copy_(expand(addition, layout, pair.small, target, op.mean_axis))
         )
     taken = pair.taken(op, target)
-    base, factors, placed = read_large(op.large), [(op.large_scale, offset)], pair.small
+    base, factors, placed = read_large(op.large_name), [(op.large_scale, offset)], pair.small
     out = torch.empty(op.shape, dtype=dtype, device=base.device)
     if addition is None:  # the paper's rule takes a block without a partner for one whose partner is zero
         factors.append((op.own_weight, offset) if op.masked else (1 - op.alpha, 0.0))
@@ -86,10 +86,10 @@ def make_tensor(
 
 def bend_of(op: TensorOp, pair: Pair, target: Sizes, read_control: Read) -> Bend | None:
     """Returns what the pair's control point adds to the tensor of one operation; None where it is not bent."""
-    if not op.bend or op.large is None:
+    if not op.bend or op.large_name is None:
         return None
     taken = []
-    for dim, name in enumerate(factor_names(pair.axis_map, op.pattern, op.large)):
+    for dim, name in enumerate(factor_names(pair.axis_map, op.pattern, op.large_name)):
         factor, rows = read_control(name), leading_rows(pair, op.pattern, dim, target)
         taken.append(factor if rows is None else factor[torch.from_numpy(rows).to(factor.device)])
     return op.bend, taken[0], taken[1].T if len(taken) == 2 else None

@@ -29,9 +29,9 @@ class TensorOp:
     name: str
     pattern: str
     shape: tuple[int, ...]
-    large: str | None
+    large_name: str | None
     """Parameter of the large anchor to take a subset of, or None."""
-    small: str | None
+    small_name: str | None
     """Parameter of the small anchor to place, or None. Neither: zeros."""
     layer: int | None = None
     """Layer of the large anchor whose unit orders apply."""
@@ -40,7 +40,7 @@ class TensorOp:
     masked: bool = True
     """Whether units that only the large anchor has keep full weight (False: the paper's zero filling)."""
     own_weight: float = 1.0
-    """Weight with which units that only the large anchor has write into the residual stream."""
+    """The large-only weight: with it, units that only the large anchor has write into the residual stream."""
     large_scale: float = 1.0
     small_scale: float = 1.0
     mean_axis: str | None = None
@@ -51,14 +51,14 @@ class TensorOp:
     @property
     def kind(self) -> str:
         """What is done, in a word or two."""
-        if self.large and not self.small:
+        if self.large_name and not self.small_name:
             weight = self.own_weight if self.masked else 1 - self.alpha
             bent = f" + {self.bend:.3g} control point" if self.bend else ""
             return ("large" if weight == 1 else f"{weight:.3g} large") + bent
-        if self.large and self.small:
+        if self.large_name and self.small_name:
             bent = f" + {self.bend:.3g} control point" if self.bend else ""
             return f"{self.alpha:.3g} small + {1 - self.alpha:.3g} large{bent}"
-        return "large" if self.large else "small" if self.small else "zeros"
+        return "large" if self.large_name else "small" if self.small_name else "zeros"
 
 
 def list_operations(
@@ -71,8 +71,9 @@ def list_operations(
         target: Sizes of the target.
         method: ``interpolate``, ``bezier``, ``paper``, ``expand`` or ``prune``.
         alpha: Weight of the small anchor.
-        own_weight: Weight with which units that only the large anchor has write the residual stream. With
-            1 - alpha**2, alpha = 1 is the small anchor expanded exactly and alpha = 0 the large one alone.
+        own_weight: The large-only weight: with it, units that only the large anchor has write into the residual
+            stream. With 1 - alpha**2, alpha = 1 is the small anchor expanded exactly, and alpha = 0 the large one
+            alone.
     """
     axis_map, small, large, index_map = pair.axis_map, pair.small, pair.large, pair.index_map
     large_layers = pair.layers(target["layers"])
@@ -121,7 +122,7 @@ def is_bent(axis_map: AxisMap, pattern: str) -> bool:
 
 
 def _own_weight(axis_map: AxisMap, pattern: str, has_partner: bool, own_weight: float) -> float:
-    """The weight, for what writes the stream; 1 for everything else.
+    """The large-only weight, for what writes the stream; 1 for everything else.
 
     Where a norm follows a block's output (OLMo 2, Gemma 3), it undoes any factor on the whole block, so its gain takes
     the factor instead.

@@ -81,7 +81,7 @@ class Plan:
     needed_control: Mapping[str, list[Run]] = field(default_factory=dict, repr=False)
     """Tensor of the pair's control point → byte runs of it that the operations read; empty on the straight line."""
     own_weight: float = 1.0
-    """Weight with which units that only the large anchor has write into the residual stream."""
+    """The large-only weight: with it, units that only the large anchor has write into the residual stream."""
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain JSON values; operations as name, shape and kind."""
@@ -301,8 +301,8 @@ def _bytes(
     total = 0
     for op in operations:
         layout = axis_map.layout(op.pattern)
-        total += _ITEM_BYTES[small.dtype] * layout.count(low) if op.small else 0
-        total += _ITEM_BYTES[large.dtype] * layout.count(high) if op.large else 0
+        total += _ITEM_BYTES[small.dtype] * layout.count(low) if op.small_name else 0
+        total += _ITEM_BYTES[large.dtype] * layout.count(high) if op.large_name else 0
     return total
 
 

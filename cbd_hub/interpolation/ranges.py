@@ -86,12 +86,12 @@ def needed_runs(
     from_small: dict[str, list[Run]] = {}
     for op in operations:
         layout = pair.axis_map.layout(op.pattern)
-        if op.large:
+        if op.large_name:
             taken = pair.taken(op, target)
             runs = _row_runs(layout.rows(0, pair.large, taken), layout.shape(pair.large), item_bytes[0])
-            from_large[op.large] = merge([*from_large.get(op.large, []), *runs])
-        if op.small:
-            from_small[op.small] = [(0, layout.count(pair.small) * item_bytes[1])]
+            from_large[op.large_name] = merge([*from_large.get(op.large_name, []), *runs])
+        if op.small_name:
+            from_small[op.small_name] = [(0, layout.count(pair.small) * item_bytes[1])]
     return from_large, from_small
 
 
@@ -113,6 +113,6 @@ def control_runs(
     return {
         name: _row_runs(leading_rows(pair, op.pattern, dim, target), shapes[name], item_bytes)
         for op in operations
-        if op.bend and op.large
-        for dim, name in enumerate(factor_names(pair.axis_map, op.pattern, op.large))
+        if op.bend and op.large_name
+        for dim, name in enumerate(factor_names(pair.axis_map, op.pattern, op.large_name))
     }

@@ -137,13 +137,13 @@ def _cut_by_position(texts: list[str], held_out_fraction: float) -> Splits:
         for name, piece in zip(pieces, (text[:first], text[first:second], text[second:]), strict=True):
             if piece.strip():
                 pieces[name].append(piece)
-    for name, kept in pieces.items():
-        if not kept:
+    for name, texts_of_split in pieces.items():
+        if not texts_of_split:
             raise RecipeError(
                 f"Too little text: {sum(map(len, texts))} characters in {len(texts)} document(s) leave nothing for "
                 f"the {name} split (held_out_fraction {held_out_fraction}). Add text or raise held_out_fraction."
             )
-    return Splits(**{name: Dataset.from_dict({"text": kept}) for name, kept in pieces.items()})
+    return Splits(**{name: Dataset.from_dict({"text": texts_of_split}) for name, texts_of_split in pieces.items()})
 
 
 def _boundary(text: str, position: int) -> int:

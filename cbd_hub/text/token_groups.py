@@ -102,11 +102,11 @@ class TokenAligner:
         texts = [text for row in segments for _, _, text, _ in row if text]
         encoded: Any = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         pending = iter(encoded)
-        found, teacher_rows = [np.zeros((0, 5), dtype=np.int64)], []
+        all_groups, teacher_rows = [np.zeros((0, 5), dtype=np.int64)], []
         for index, row in enumerate(rows):
             ids, groups = self._row(row, segments[index], pending)
             teacher_rows.append(ids)
-            found.append(np.insert(self._kept(groups, predicted[index]), 0, index, axis=1))
+            all_groups.append(np.insert(self._kept(groups, predicted[index]), 0, index, axis=1))
         self._counts["tokens"] += rows.size
         width = max(map(len, teacher_rows), default=0)
         pad = self.teacher.pad if self.teacher.pad is not None else self.teacher.eos or self.teacher.bos or 0
@@ -115,7 +115,7 @@ class TokenAligner:
         return {
             "teacher_input_ids": torch.tensor(padded, dtype=torch.int64),
             "teacher_attention_mask": torch.tensor(mask, dtype=torch.int64),
-            "groups": torch.from_numpy(np.concatenate(found)),
+            "groups": torch.from_numpy(np.concatenate(all_groups)),
         }
 
     def _segments(self, row: np.ndarray) -> list[tuple[int, int, str, int]]:

@@ -152,17 +152,17 @@ class Curve:
                 op,
                 self.pair,
                 point.sizes,
-                None if op.large is None else large(op.large).detach(),
-                None if op.small is None else small(op.small),
+                None if op.large_name is None else large(op.large_name).detach(),
+                None if op.small_name is None else small(op.small_name),
                 *self._factors_of(op),
             )
             for op in point.operations
         }
 
     def _factors_of(self, op: TensorOp) -> list[Tensor]:
-        if not op.bend or op.large is None:
+        if not op.bend or op.large_name is None:
             return []
-        names = factor_names(self.pair.axis_map, op.pattern, op.large)
+        names = factor_names(self.pair.axis_map, op.pattern, op.large_name)
         return [self.control.get_parameter(_parameter(name)) for name in names]
 
     def run(self, point: Point, compute: Callable[[PreTrainedModel], Tensor]) -> Tensor:
@@ -297,8 +297,8 @@ class _CurveTensor(torch.autograd.Function):
         read_large, read_small = (partial(_given, tensor) for tensor in (large, small))
         dtype = torch.promote_types(either.dtype, torch.float32)
         names: Mapping[str, Tensor] = {}
-        if factors and op.large is not None:
-            names = dict(zip(factor_names(pair.axis_map, op.pattern, op.large), factors, strict=True))
+        if factors and op.large_name is not None:
+            names = dict(zip(factor_names(pair.axis_map, op.pattern, op.large_name), factors, strict=True))
         return make_tensor(op, pair, target, read_large, read_small, dtype, names.__getitem__)
 
     @staticmethod
@@ -310,7 +310,7 @@ class _CurveTensor(torch.autograd.Function):
         to_small = None
         if ctx.small_shape is not None and ctx.needs_input_grad[4]:
             region = region_of(layout, pair.small, target, grad.device)
-            to_small = grad[region] * ((op.alpha if op.large else 1.0) * op.small_scale)
+            to_small = grad[region] * ((op.alpha if op.large_name else 1.0) * op.small_scale)
         rows = [leading_rows(pair, op.pattern, dim, target) for dim in range(len(factors))]
         index = [slice(None) if r is None else torch.from_numpy(r).to(grad.device) for r in rows]
         to_factors: list[Tensor | None] = [None] * len(factors)

@@ -232,7 +232,7 @@ def test_candidates_of_an_interpolation_whose_anchors_differ_in_layers() -> None
     found = stages(plan, chain, lambda stage: None)
     assert [[c.name for c in stage] for stage in found] == [
         [
-            "interpolate, own units at full weight",
+            "interpolate, large-only units at full weight",
             f"interpolate, alpha {plan.alpha - 0.2:.2f}",
             f"interpolate, alpha {plan.alpha + 0.2:.2f}",
         ],
@@ -258,8 +258,8 @@ def test_later_candidates_start_from_the_best_so_far() -> None:
     plan = plan_of(chain, 0.5)
     _, layers, _, last = stages(plan, chain, lambda stage: next((c for c in stage if not c.refit), None))
     assert [c.name for c in layers] == [
-        "interpolate, own units at full weight, other layers (1)",
-        "interpolate, own units at full weight, other layers (2)",
+        "interpolate, large-only units at full weight, other layers (1)",
+        "interpolate, large-only units at full weight, other layers (2)",
     ]
     assert all(c.plan.own_weight == 1.0 and c.plan.alpha == plan.alpha for c in layers)
     assert [(c.name, c.plan.method, c.refit) for c in last] == [("expand + refit", "expand", True)]

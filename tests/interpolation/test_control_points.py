@@ -77,8 +77,8 @@ def test_the_formula(tmp_path: Path, variant: str) -> None:
         for op in plan.operations:
             expected = straight[op.name].double().numpy()
             if is_bent(axis_map, op.pattern):
-                assert op.large is not None
-                whole = in_natural_units(chain, plan, factors, op.large, axis_map)
+                assert op.large_name is not None
+                whole = in_natural_units(chain, plan, factors, op.large_name, axis_map)
                 layout, taken = axis_map.layout(op.pattern), plan.pair.taken(op, plan.sizes)
                 for dim in range(whole.ndim):
                     rows = layout.rows(dim, plan.pair.large, taken)

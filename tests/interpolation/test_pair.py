@@ -45,7 +45,7 @@ def test_a_subset_reads_its_neighbor_only() -> None:
     target = {**SMALL, "layers": 1}
     pair = Pair(AXIS_MAP, target, LARGE, IndexMap(np.array([2, *(i for i in range(LARGE["layers"]) if i != 2)])))
     operations = list_operations(pair, target, "prune", 0.0)
-    assert {op.small for op in operations} == {None}
+    assert {op.small_name for op in operations} == {None}
     assert {op.layer for op in operations} == {None, 2}
     with pytest.raises(AxisMapError, match="must be a multiple"):
         cut(MODEL, AXIS_MAP, LARGE, {**target, "hidden": 31}, pair.index_map)
