@@ -17,6 +17,7 @@ __all__ = [
     "IntegrityError",
     "ManifestError",
     "OutputExistsError",
+    "PrecisionError",
     "PublishError",
     "RecipeError",
     "SizeError",
@@ -50,6 +51,10 @@ class UnknownArchitectureError(CbdError, KeyError):
 
     def __str__(self) -> str:  # KeyError would print the message's repr
         return str(self.args[0]) if self.args else ""
+
+
+class PrecisionError(CbdError, OverflowError):
+    """A weight is larger than the dtype that was asked for can hold."""
 
 
 class SizeError(CbdError, ValueError):

@@ -1,14 +1,19 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, that one process works in at a time, and files copied as they are."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from filelock import FileLock, Timeout
+
 from cbd_hub.errors import OutputExistsError
 
-__all__ = ["whole_folder"]
+__all__ = ["LOCK_NAME", "copy_files", "locked_folder", "whole_folder"]
+
+LOCK_NAME = ".build/lock"
+"""The file, inside a chain's folder, that whoever writes into it holds locked."""
 
 
 @contextmanager
@@ -32,3 +37,40 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copies files into a folder as they are, byte for byte, under their names, which may lie in subfolders."""
+    for name, path in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
+
+
+@contextmanager
+def locked_folder(folder: Path, what: str, *, make: bool = True) -> Iterator[None]:
+    """Holds a chain's folder for one writer; the system lets go of it when its process ends, however that comes.
+
+    Args:
+        folder: The folder.
+        what: What the caller is about to do, for the error.
+        make: Make the folder and its lock where they are not there; False needs no lock then.
+
+    Raises:
+        OutputExistsError: Another process holds it.
+    """
+    path = folder / LOCK_NAME
+    if not make and not path.is_file():
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(path))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputExistsError(
+            f"another process is building in {folder}; {what} when it is done, or name another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cbd_hub"
 ROOMS = [
     "errors",
     "files",
+    "settings",
     "progress",
     "axes",
     "text",

@@ -1,8 +1,11 @@
 """An anchor that starts as a public checkpoint instead of a subset of its neighbor: the paper's own kind of chain."""
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.alignment.align import align
 from cbd_hub.axes.architectures import axis_map_for
@@ -11,27 +14,127 @@ from cbd_hub.axes.sizing import Sizes
 from cbd_hub.errors import RecipeError
 from cbd_hub.manifest.index_maps import IndexMap
 
-__all__ = ["check_neighbors", "load_ready_made", "positional_map"]
+__all__ = ["check_layers", "check_neighbors", "check_tokenizers", "load_ready_made", "positional_map"]
+
+_SAMPLE = "The 3 quick brown foxes  aren't jumping over 12.5 lazy dogs;\n\tna\u00efve caf\u00e9s \u4e2d\u6587."
+_SAME_ACTIVATION = {"swish": "silu"}
+_WITHOUT_EFFECT = frozenset(
+    "_name_or_path architectures dtype torch_dtype transformers_version id2label label2id num_labels problem_type "
+    "return_dict output_attentions output_hidden_states use_cache cache_implementation initializer_range init_std "
+    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id chunk_size_feed_forward "
+    "attention_dropout hidden_dropout classifier_dropout dropout resid_pdrop embd_pdrop attn_pdrop layerdrop "
+    "auto_map tokenizer_class model_type task_specific_params cbd_hub pretraining_tp max_position_embeddings "
+    "_attn_implementation attn_implementation reorder_and_upcast_attn tie_word_embeddings vocab_size "
+    "max_window_layers prefix is_llama_config head_dim".split()
+)
+"""Config fields that leave the function alone, or that sizes and tensors settle already."""
 
 
-def check_neighbors(small: PreTrainedModel, large: PreTrainedModel, name: str) -> None:
-    """Refuses a checkpoint that cannot be the smaller neighbor of a model.
+def check_neighbors(
+    small: PreTrainedConfig, large: PreTrainedConfig, name: str, *, sizes: Sizes | None = None
+) -> None:
+    """Refuses a checkpoint that cannot be the smaller neighbor of a model; their configs alone tell.
+
+    Args:
+        small: Config of the checkpoint.
+        large: Config of the larger neighbor.
+        name: How errors call the checkpoint.
+        sizes: Sizes of the larger neighbor, where they are not its config's (an anchor that is yet to be cut).
 
     Raises:
-        RecipeError: Another architecture, another vocabulary or head size, or larger on some axis.
+        RecipeError: Another architecture, vocabulary or head size, larger on some axis, or a field that changes the
+            function (norm's epsilon, rotary embedding, activation, soft capping, windows, multipliers ...). All that
+            differs is listed.
     """
-    own, other = axis_map_for(small.config), axis_map_for(large.config)
+    own, other = axis_map_for(small), axis_map_for(large)
     if own.model_type != other.model_type or set(own.tensors) != set(other.tensors):
         raise RecipeError(
             f"{name!r} is a {own.model_type} model with other tensors than its neighbor, a {other.model_type} model; "
             "the anchors of a chain have one architecture"
         )
-    mine, theirs = own.sizes(small.config), other.sizes(large.config)
+    mine, theirs = own.sizes(small), other.sizes(large) if sizes is None else sizes
+    problems = []
     for axis, size in mine.items():
         if axis in own.frozen and size != theirs[axis]:
-            raise RecipeError(f"{name!r} has {axis} {size} and its neighbor {theirs[axis]}; a chain keeps one {axis}")
-        if size > theirs[axis]:
-            raise RecipeError(f"{name!r} has {axis} {size}, more than its larger neighbor's {theirs[axis]}")
+            problems.append(f"{axis} {size} (its neighbor has {theirs[axis]}, and a chain keeps one)")
+        elif size > theirs[axis]:
+            problems.append(f"{axis} {size} (more than its larger neighbor's {theirs[axis]})")
+    values, others = (_function(config, own) for config in (small, large))
+    for field in sorted({*values, *others}):
+        if (value := values.get(field)) != (wanted := others.get(field)):
+            problems.append(f"{field} {value!r} (its neighbor has {wanted!r}, and it changes the function)")
+    for field in own.layer_lists:
+        kinds, possible = getattr(small, field, None), iter(getattr(large, field, None) or ())
+        if kinds and not all(kind in possible for kind in kinds):
+            problems.append(f"{field} {kinds!r} (no layers of its neighbor have these in this order)")
+    if problems:
+        raise RecipeError(
+            f"{name!r} cannot be an anchor of this chain: it has {'; '.join(problems)}. An average of two models of "
+            "different functions is neither; name a checkpoint that agrees in these, or cut the anchor out of its "
+            "neighbor (a fraction instead of init)"
+        )
+
+
+def _function(config: PreTrainedConfig, axis_map: AxisMap) -> dict[str, Any]:
+    """What of a config decides the function that its weights stand for, beside sizes and lists of layers."""
+    default = type(config)().to_dict()
+    fields = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name in default and name not in _WITHOUT_EFFECT and name not in axis_map.fields
+    }
+    for name in axis_map.layer_lists:
+        fields.pop(name, None)
+    for name, value in fields.items():
+        if name in ("hidden_act", "hidden_activation", "activation_function"):
+            fields[name] = _SAME_ACTIVATION.get(str(value), value)
+    return fields
+
+
+def check_layers(small: PreTrainedConfig, large: PreTrainedConfig, index_map: IndexMap, name: str) -> None:
+    """Refuses a pairing of layers of different kinds (sliding and full attention, rotary and none).
+
+    Raises:
+        RecipeError: A layer of the checkpoint would be averaged with one of another kind.
+    """
+    kept = index_map.layers[: small.get_text_config().num_hidden_layers]
+    for field in axis_map_for(small).layer_lists:
+        own, other = getattr(small, field, None) or [], getattr(large, field, None) or []
+        for layer, partner in enumerate(kept) if own and other else ():
+            if own[layer] != other[partner]:
+                raise RecipeError(
+                    f"layer {layer} of {name!r} would be averaged with layer {partner} of its neighbor, and their "
+                    f"{field} differ ({own[layer]!r}, {other[partner]!r}); cut the anchor out of its neighbor instead"
+                )
+
+
+def check_tokenizers(own: Tokenizer, other: Tokenizer, name: str) -> None:
+    """Refuses a checkpoint whose tokenizer gives other tokens than the chain's: rows of its embedding mean others.
+
+    Args:
+        own: The checkpoint's.
+        other: The chain's.
+        name: How errors call the checkpoint.
+
+    Raises:
+        RecipeError: The same id stands for another token, or the same text becomes other ids.
+    """
+    tokens = {i: token for token, i in own.get_vocab().items()}
+    others = {i: token for token, i in other.get_vocab().items()}
+    both = sorted(tokens.keys() & others.keys())
+    wrong = [i for i in both if tokens[i] != others[i]]
+    if not wrong and own.encode(_SAMPLE, add_special_tokens=False) == other.encode(_SAMPLE, add_special_tokens=False):
+        return
+    shown = ", ".join(f"{i} is {tokens[i]!r} instead of {others[i]!r}" for i in wrong[:3])
+    raise RecipeError(
+        f"the tokenizer of {name!r} is not the chain's: "
+        + (
+            f"{len(wrong)} of {len(both)} ids stand for other tokens ({shown})"
+            if wrong
+            else "it splits text otherwise"
+        )
+        + ". Averaging embeddings of different tokens makes noise; name a checkpoint with the same tokenizer"
+    )
 
 
 def load_ready_made(

@@ -300,14 +300,19 @@ class AxisMap:
             tensors[pattern] = layout
         handled = _FREE | switches | set(self.free) | set(self.fields) | set(self.layer_lists)
         default = type(config)().to_dict()
-        for name, value in values.items():
-            if name in handled or value == default.get(name) or (name not in default and not value):
-                continue
-            hint = did_you_mean(name, handled)
+        unhandled = {
+            name: value
+            for name, value in values.items()
+            # what the config class does not declare never reaches the code of the model: tools leave notes there
+            if name in default and name not in handled and value != default[name]
+        }
+        if unhandled:
+            name = next(iter(unhandled))
+            listed = ", ".join(f"{n} = {v!r} (default: {default[n]!r})" for n, v in unhandled.items())
             raise AxisMapError(
-                f"config field {name} = {value!r} is not handled by the axis map {self.model_type!r} "
-                f"(default: {default.get(name)!r}).{hint} If it changes no tensor and no maths that depends on "
-                "sizes, list it in the map's `free` fields; otherwise the family needs its own map."
+                f"the axis map {self.model_type!r} does not handle {listed}.{did_you_mean(name, handled)} "
+                "What changes no tensor and no maths that depends on sizes can be listed in the map's `free` fields; "
+                "otherwise the family needs its own map."
             )
         norms = {g: r for g, r in self.norms.items() if g in tensors}
         return replace(self, tensors=tensors, tied=dict(tied), norms=norms)

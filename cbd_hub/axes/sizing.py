@@ -9,7 +9,9 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
-from math import prod
+from math import isfinite, prod
+from numbers import Integral, Real
+from typing import Any
 
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.grammar import product
@@ -19,6 +21,7 @@ __all__ = [
     "MULTIPLES",
     "WAYPOINTS",
     "Sizes",
+    "as_real",
     "count_parameters",
     "format_count",
     "gap_free",
@@ -51,19 +54,48 @@ _MOST = 10**15
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
-def parse_count(value: int | str) -> int:
-    """Reads a parameter count: an int, or a string such as ``"138M"``, ``"1.2B"``, ``"853k"`` or ``"1_000_000"``.
+_COUNT = re.compile(r"\s*(?:((?:\d[\d_]*(?:\.\d+)?)|\.\d+)\s*([kmbt]?)|(\d{1,3}(?:,\d{3})+))\s*")
+"""Digits with an optional unit, or groups of three digits with commas between them."""
+
+
+def as_real(value: Any) -> float | int | None:
+    """Returns a number of any library (numpy, torch, fractions) as Python's own; None for what is none.
+
+    Truth values are no numbers, nor are NaN and infinity.
+    """
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+        return None
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real | Decimal):
+        return float(value) if isfinite(value) else None
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # an array or a tensor that holds one number
+        return as_real(value.item())
+    return None
+
+
+def parse_count(value: int | float | str) -> int:
+    """Reads a parameter count: a number, or a string such as ``"138M"``, ``"1.2B"``, ``"853k"`` or ``"1_000_000"``.
+
+    Commas are read between groups of three digits alone, and not beside a unit: ``"1,5M"`` might be meant as 1.5M.
 
     Raises:
         SizeError: Not a positive count.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = value
-    else:
-        match = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?|\.\d+)\s*([kmbt]?)\s*", str(value).lower())
-        if isinstance(value, bool) or match is None:
-            raise SizeError(f"{value!r} is not a parameter count; write a number such as 138000000, '138M' or '1.2B'")
-        number = round(Decimal(re.sub("[_,]", "", match.group(1))) * _UNITS[match.group(2)])
+    number = as_real(value)
+    if number is None:
+        match = _COUNT.fullmatch(str(value).lower()) if isinstance(value, str) else None
+        if match is None:
+            comma = isinstance(value, str) and "," in value
+            hint = "; a decimal point is '.', and commas stand between groups of three digits only" if comma else ""
+            raise SizeError(
+                f"{value!r} is not a parameter count; write a number such as 138000000, '138M' or '1.2B'{hint}"
+            )
+        digits, unit = match.group(1) or match.group(3), match.group(2) or ""
+        number = round(Decimal(re.sub("[_,]", "", digits)) * _UNITS[unit])
+    if number != round(number):
+        raise SizeError(f"{value!r} is not a parameter count: a count is whole")
+    number = round(number)
     if not 1 <= number < _MOST:
         raise SizeError(f"a model has between 1 and 10^15 parameters; got {str(value)[:40]!r}")
     return number

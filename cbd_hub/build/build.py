@@ -8,7 +8,9 @@ killed goes on behind its last record and ends with the same chain. ``chain.json
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +22,12 @@ from transformers import AutoConfig, PreTrainedModel
 
 from cbd_hub.alignment.basis import rotate
 from cbd_hub.alignment.ranking import rank
-from cbd_hub.alignment.ready_made import check_neighbors, load_ready_made
+from cbd_hub.alignment.ready_made import check_layers, check_neighbors, load_ready_made
 from cbd_hub.axes.architectures import axis_map_for, register_axis_map
 from cbd_hub.axes.axis_map import AxisMap
-from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, ladder
+from cbd_hub.axes.sizing import Sizes, count_parameters, format_count
 from cbd_hub.build.bridge import build_anchor_zero
+from cbd_hub.build.check import anchor_sizes, check_inputs
 from cbd_hub.build.finish import BRIDGE_RECORD, STATE, finish_chain
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import AnchorSpec, Recipe, load_recipe, step_fingerprint
@@ -32,9 +35,10 @@ from cbd_hub.build.students import curve_to_train, cut_student
 from cbd_hub.chain.chain import Chain
 from cbd_hub.errors import OutputExistsError, RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
+from cbd_hub.files import LOCK_NAME, locked_folder
 from cbd_hub.hub.load import load_model
 from cbd_hub.hub.read import Location
-from cbd_hub.interpolation.materialize import parse_dtype
+from cbd_hub.interpolation.materialize import check_fits, parse_dtype, plain_defaults
 from cbd_hub.interpolation.pair import Pair
 from cbd_hub.manifest import manifest as manifests
 from cbd_hub.manifest.index_maps import IndexMap, read_index_map, save_index_maps
@@ -123,19 +127,9 @@ class _Build:
 
     def _target(self, spec: AnchorSpec, axis_map: AxisMap, large: Sizes) -> dict[str, int]:
         """The sizes of the next anchor."""
-        if spec.init is not None:
-            return axis_map_for(config := self.inputs.checkpoint_config(spec.init, spec.revision)).sizes(config)
-        if spec.shape is not None:
-            for field in spec.shape:
-                if field not in axis_map.fields:
-                    raise RecipeError(f"anchor shape has no field {field!r}; allowed: {', '.join(axis_map.fields)}")
-            return axis_map.sizes({**axis_map.config_fields(large), **spec.shape})
-        count = count_parameters(axis_map, large)
-        target = spec.num_parameters or round(count * (spec.fraction or 0))
-        named = {axis for point in self.recipe.spread.waypoints for axis in point}
-        if unknown := named - set(large) - {"kv_heads"}:  # which not every family has, and the default names
-            raise RecipeError(f"spread.waypoints names {sorted(unknown)[0]!r}; axes here: {', '.join(large)}")
-        return ladder(axis_map, large, target, waypoints=self.recipe.spread.waypoints)
+        return anchor_sizes(
+            self.recipe, spec, axis_map, large, lambda: self.inputs.checkpoint_config(str(spec.init), spec.revision)
+        )
 
     def anchor(self, index: int, parent: Anchor, basis: str) -> _BuiltAnchor:
         """Step k: rank the parent's units, cut the student out, refit it, distill it from the parent."""
@@ -149,10 +143,12 @@ class _Build:
             raise RecipeError(f"two anchors would have the name {name!r}; give one of them another `name`")
         cut_loss = None
         if spec.init is not None:
+            check_neighbors(self.inputs.checkpoint_config(spec.init, spec.revision), teacher.config, spec.init)
+            self.inputs.check_tokenizer(spec.init, spec.revision)
             student = self.inputs.checkpoint(spec.init, spec.revision)
-            check_neighbors(student, teacher, spec.init)
             blocks = self.inputs.calibration() if spec.align else None
             student, index_map = load_ready_made(student, teacher, axis_map, blocks, self.progress)
+            check_layers(student.config, teacher.config, index_map, spec.init)
             if PartialState().is_main_process:
                 save_index_maps({"": index_map}, self.state / f"step-{index}.safetensors")
         else:
@@ -256,6 +252,8 @@ class _Build:
             )
             evaluation = manifests.Evaluation(**asdict(result))
         dtype = parse_dtype(self.recipe.dtype)
+        for tensor, parameter in model.named_parameters():
+            check_fits(tensor, parameter.detach().to(dtype), parameter.detach)
         model.to(dtype=dtype)  # type: ignore[call-arg]
         model.config.dtype = dtype
         folder, partial = self.output / "anchors" / name, self.state / f"partial-{name}"
@@ -264,8 +262,7 @@ class _Build:
         folder.parent.mkdir(parents=True, exist_ok=True)
         model.config._name_or_path = name
         model.save_pretrained(partial)
-        if self.inputs.tokenizer is not None:
-            self.inputs.tokenizer.save_pretrained(partial)
+        self.inputs.save_tokenizer(partial)
         files = {p.name: manifests.file_entry(p) for p in sorted(partial.iterdir()) if _is_model_file(p.name)}
         partial.replace(folder)
         control = built.control_point
@@ -288,6 +285,16 @@ class _Build:
         )
 
 
+def _empty(folder: Path) -> None:
+    """Removes an earlier build, but not the lock that is held on its folder."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name == STATE:
+            for record in (p for p in path.iterdir() if p.name != Path(LOCK_NAME).name):
+                shutil.rmtree(record) if record.is_dir() else record.unlink()
+        else:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _as_begun(recipe: Recipe, state: Path) -> Recipe:
     """The recipe as the version read it that began the build: an earlier one knew no control points by default."""
     begun = state / "begun.json"
@@ -303,6 +310,13 @@ def _as_begun(recipe: Recipe, state: Path) -> Recipe:
     return recipe.model_copy(update={"distillation": distillation})
 
 
+def _all_of(problems: list[str]) -> str:
+    """One problem as it is; several with their numbers."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} things stop this build: " + "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
+
+
 def _write_json(path: Path, value: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value))
@@ -313,6 +327,7 @@ def _is_model_file(name: str) -> bool:
     return name in ("config.json", "generation_config.json") or name.startswith("model")
 
 
+@plain_defaults()
 def build_chain(
     recipe: str | Path | Mapping[str, Any] | Recipe, output_dir: str | Path, resume: bool = True, progress: bool = True
 ) -> Chain:
@@ -339,10 +354,20 @@ def build_chain(
     output = Path(output_dir).expanduser()
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / STATE).is_dir())):
         raise OutputExistsError(f"{output} exists and holds no build; name a new folder (nothing was changed)")
-    if not resume and output.exists() and PartialState().is_main_process:
-        shutil.rmtree(output)
+    with locked_folder(output, "start this one") if PartialState().is_main_process else nullcontext():
+        return _build_chain(loaded, base, output, resume, progress)
+
+
+def _build_chain(loaded: Recipe, base: Path, output: Path, resume: bool, progress: bool) -> Chain:
+    if not resume and PartialState().is_main_process:
+        _empty(output)
     PartialState().wait_for_everyone()
     build = _Build(_as_begun(loaded, output / STATE), base, output, progress)
+    plan = check_inputs(build.inputs, output)
+    if plan.problems:
+        raise RecipeError(_all_of(plan.problems))
+    for warning in plan.warnings:
+        warnings.warn(warning, stacklevel=3)
     anchors: list[Anchor] = []
     maps: dict[str, IndexMap] = {}
     basis = "native"

@@ -61,14 +61,7 @@ def finish_chain(
     calibration = inputs.shipped_calibration()
     if calibration is not None:
         save_calibration(calibration, folder / manifests.CALIBRATION_NAME)
-    tokenizer = {}
-    if inputs.tokenizer is not None:
-        saved = inputs.tokenizer.save_pretrained(folder)
-        tokenizer = {
-            n: manifests.file_entry(folder / n)
-            for n in sorted({Path(s).name for s in saved or ()})
-            if (folder / n).is_file()
-        }
+    tokenizer = {name: manifests.file_entry(folder / name) for name in inputs.save_tokenizer(folder)}
     founded = None
     if recipe.bridge is not None:
         founded = Bridge.model_validate_json((folder / STATE / BRIDGE_RECORD).read_text(encoding="utf-8"))

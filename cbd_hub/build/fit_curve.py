@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from cbd_hub.build.recipe import Recipe, load_recipe
 from cbd_hub.build.students import curve_to_train
 from cbd_hub.chain.chain import Chain
 from cbd_hub.errors import ChainNotFoundError, RecipeError
-from cbd_hub.interpolation.materialize import parse_dtype
+from cbd_hub.files import locked_folder
+from cbd_hub.interpolation.materialize import parse_dtype, plain_defaults
 from cbd_hub.interpolation.pair import Pair
 from cbd_hub.manifest.manifest import MANIFEST_NAME, Anchor, ControlPoint, Manifest, check_file
 from cbd_hub.training.curve import is_better, save_control_point
@@ -24,6 +26,7 @@ from cbd_hub.training.settings import AnchorDistillation, ControlPointConfig
 __all__ = ["fit_curve"]
 
 
+@plain_defaults()
 def fit_curve(
     chain: str | Path,
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
@@ -56,6 +59,7 @@ def fit_curve(
         ChainNotFoundError: The folder holds no chain.
         RecipeError: There is no recipe, or no text in it, or a value is out of range.
         IntegrityError: The chain's files are not what its manifest says.
+        OutputExistsError: Another process works in the folder.
     """
     folder = Path(chain).expanduser()
     if not (folder / MANIFEST_NAME).is_file():
@@ -67,7 +71,12 @@ def fit_curve(
     config = _config(inputs.recipe.distillation, tokens, rank, learning_rate)
     if inputs.text is None:
         raise RecipeError("fit_curve needs text: name a recipe with `data`")
-    anchors = [opened.manifest.anchors[0]]
+    with locked_folder(folder, "fit the curve") if PartialState().is_main_process else nullcontext():
+        return _fit_all(opened, inputs, config, progress)
+
+
+def _fit_all(opened: Chain, inputs: BuildInputs, config: AnchorDistillation, progress: bool) -> Chain:
+    folder, anchors = Path(opened.location.place), [opened.manifest.anchors[0]]
     for large, small in zip(opened.manifest.anchors, opened.manifest.anchors[1:], strict=False):
         anchors.append(small if small.bent else _fit(opened, inputs, config, large, small, progress))
     if PartialState().is_main_process:

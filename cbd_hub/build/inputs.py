@@ -3,6 +3,7 @@
 Everything here is a function of the recipe alone, so that a build that is resumed has the same inputs.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,15 +12,19 @@ from pathlib import Path
 
 import torch
 from datasets import IterableDataset
+from tokenizers import Tokenizer as FileTokenizer
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from cbd_hub.alignment.ready_made import check_tokenizers
 from cbd_hub.build.bridge import BridgeInputs
 from cbd_hub.build.recipe import Recipe, TrainTokenizer
 from cbd_hub.build.settings import BridgeConfig
 from cbd_hub.errors import RecipeError
+from cbd_hub.files import copy_files
 from cbd_hub.hub.load import load_config, load_model
 from cbd_hub.hub.read import Location
+from cbd_hub.hub.untrusted import is_tokenizer_file
 from cbd_hub.initialization.fresh import fresh_config, fresh_model
 from cbd_hub.initialization.refit import REFIT_TOKENS
 from cbd_hub.manifest.manifest import Training
@@ -29,6 +34,9 @@ from cbd_hub.text.splits import Splits, load_splits
 from cbd_hub.training.distill import distill
 
 __all__ = ["BuildInputs", "Text"]
+
+_SAMPLE = "Hello  the quick brown 123 fox's\n\n  jumps over 3.5 na\u00efve caf\u00e9s."
+"""Text that tokenizers split in different ways."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,29 @@ class BuildInputs:
                 raise RecipeError(f"{wanted!r} holds no tokenizer; name a folder or a repo id with one")
             return loaded
         return train_tokenizer(chain.from_iterable(s.train for s in self.splits), wanted.vocab_size)
+
+    @cached_property
+    def _tokenizer_location(self) -> Location | None:
+        """Where the tokenizer's files are; None for one that is trained, and where there is none."""
+        wanted = self.recipe.tokenizer
+        if wanted is None:
+            return self._source() if self.recipe.source.model else None
+        return self._location(wanted) if isinstance(wanted, str) else None
+
+    def save_tokenizer(self, folder: Path) -> list[str]:
+        """Writes the tokenizer into a folder and returns the names of its files; nothing where there is none.
+
+        Files are copied as the source has them, never read and saved again: transformers reads some otherwise than
+        they are written, and would write what it read.
+        """
+        if self.tokenizer is None:
+            return []
+        if (location := self._tokenizer_location) is not None:
+            files = {name: location.file(name) for name in location.names() if is_tokenizer_file(name)}
+            copy_files(files, folder)
+            return sorted(files)
+        self.tokenizer.save_pretrained(folder)
+        return sorted(name for name in Location(str(folder)).names() if is_tokenizer_file(name))
 
     @cached_property
     def text(self) -> Text | None:
@@ -129,6 +160,10 @@ class BuildInputs:
         rows = max(1, REFIT_TOKENS // self.recipe.data.sequence_length)
         return torch.cat(list(islice(token_batches(self.text.train, 1), rows)))
 
+    def local(self, place: str) -> str:
+        """A path relative to the recipe as it is on this machine; a repository id as it is."""
+        return self._location(place).place
+
     def _location(self, place: str, revision: str | None = None) -> Location:
         path = (self.base / Path(place).expanduser()).resolve()
         return Location(str(path) if path.exists() else place, revision)
@@ -143,6 +178,16 @@ class BuildInputs:
             RecipeError: It cannot be loaded whole and finite: see :func:`cbd_hub.hub.load.load_model`.
         """
         return load_model(self._location(place, revision))
+
+    def check_tokenizer(self, place: str, revision: str | None) -> None:
+        """Refuses a checkpoint with a tokenizer other than the chain's; one that ships none is taken as it is.
+
+        Raises:
+            RecipeError: See :func:`cbd_hub.alignment.ready_made.check_tokenizers`.
+        """
+        own = _load_tokenizer(self._location(place, revision))
+        if own is not None and self.tokenizer is not None:
+            check_tokenizers(own, self.tokenizer, place)
 
     def checkpoint_config(self, place: str, revision: str | None) -> PreTrainedConfig:
         """Loads a model's config alone.
@@ -213,6 +258,23 @@ def _load_tokenizer(location: Location) -> Tokenizer | None:
         return None
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **location.options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # `tokenizers` raises plain Exception itself
         raise RecipeError(f"the tokenizer of {place!r} cannot be loaded: {error}") from error
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        return None
+    _warn_of_another_reading(tokenizer, location)
+    return tokenizer
+
+
+def _warn_of_another_reading(tokenizer: Tokenizer, location: Location) -> None:
+    """Says so where transformers reads tokenizer.json otherwise than the file itself does."""
+    if "tokenizer.json" not in location.names():
+        return
+    own = FileTokenizer.from_file(str(location.file("tokenizer.json"))).encode(_SAMPLE, add_special_tokens=False).ids
+    if own != tokenizer.encode(_SAMPLE, add_special_tokens=False):
+        warnings.warn(
+            f"transformers reads the tokenizer of {location.place!r} as a {type(tokenizer).__name__}, which splits "
+            "text otherwise than its tokenizer.json does; the chain keeps the files as they are, and trains on what "
+            "transformers reads",
+            stacklevel=2,
+        )

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import WAYPOINTS, parse_count
 from cbd_hub.build.settings import BridgeSetting
 from cbd_hub.errors import RecipeError, did_you_mean
+from cbd_hub.settings import Settings
 from cbd_hub.text.settings import DataConfig
 from cbd_hub.training.settings import AnchorDistillation, DistillationConfig, TokenCount
 
@@ -35,13 +36,7 @@ __all__ = [
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
-class _Strict(BaseModel):
-    """Refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class TrainSource(_Strict):
+class TrainSource(Settings):
     """A source trained from scratch."""
 
     architecture: str = "llama"
@@ -52,7 +47,7 @@ class TrainSource(_Strict):
     """Tokens, learning rate and so on; only the cross-entropy plays a part."""
 
 
-class Source(_Strict):
+class Source(Settings):
     """What the chain is made from: exactly one of ``model``, ``train`` and ``served``."""
 
     name: Name | None = None
@@ -77,7 +72,7 @@ class Source(_Strict):
         return self
 
 
-class TrainTokenizer(_Strict):
+class TrainTokenizer(Settings):
     """A byte-level BPE tokenizer trained on the training text."""
 
     vocab_size: int = Field(ge=300, le=1_000_000)
@@ -97,7 +92,7 @@ def _read_size(value: Any) -> Any:
     return parse_count(value) if isinstance(value, int | str) else value  # refuses true and false
 
 
-class AnchorSpec(_Strict):
+class AnchorSpec(Settings):
     """One anchor below the source: exactly one of ``fraction``, ``num_parameters``, ``shape`` and ``init``."""
 
     fraction: float | None = Field(default=None, gt=0, lt=1)
@@ -129,7 +124,7 @@ class AnchorSpec(_Strict):
         return self
 
 
-class Spread(_Strict):
+class Spread(Settings):
     """How a reduction is spread over depth, width, heads and ffn units; the defaults follow measurements."""
 
     waypoints: list[dict[str, Annotated[float, Field(gt=0, le=1)]]] = Field(
@@ -141,7 +136,7 @@ class Spread(_Strict):
     """For models between two anchors: add ffn units before layers; False moves every axis along the straight line."""
 
 
-class EvaluationConfig(_Strict):
+class EvaluationConfig(Settings):
     """How the finished chain is measured on held-out text."""
 
     tokens: Annotated[TokenCount, Field(gt=0)] | None = None
@@ -151,7 +146,7 @@ class EvaluationConfig(_Strict):
     """Sizes measured between every two anchors."""
 
 
-class HubConfig(_Strict):
+class HubConfig(Settings):
     """Where the finished chain is published."""
 
     repo_id: str
@@ -162,7 +157,7 @@ class HubConfig(_Strict):
     """License on the cards; by default the recipe's."""
 
 
-class Recipe(_Strict):
+class Recipe(Settings):
     """Everything that makes a chain."""
 
     name: Name

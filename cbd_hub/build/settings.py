@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from cbd_hub.initialization.names import Method
+from cbd_hub.settings import Settings
 from cbd_hub.text.settings import GenerationConfig
 from cbd_hub.training.settings import DistillationConfig
 
@@ -25,7 +26,7 @@ def _without_omp(value: Any) -> Any:
     return value
 
 
-class BridgeConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class BridgeConfig(Settings):
     """How anchor zero is made where the source is of another architecture or vocabulary."""
 
     use: Literal["auto"] | list[Way] = "auto"

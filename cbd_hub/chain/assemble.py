@@ -22,7 +22,7 @@ from cbd_hub.hub.sources import open_checkpoint, open_control_point, reader, wei
 from cbd_hub.hub.untrusted import guarded, read_config, read_generation_config
 from cbd_hub.interpolation.checkpoints import Checkpoint
 from cbd_hub.interpolation.control_points import factor_shapes
-from cbd_hub.interpolation.materialize import Read, blend, build_model, parse_dtype, target_config
+from cbd_hub.interpolation.materialize import Read, blend, build_model, parse_dtype, plain_defaults, target_config
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.interpolation.ranges import Run
 from cbd_hub.manifest.manifest import Anchor
@@ -73,6 +73,7 @@ def anchor_config(chain: "Chain", anchor: Anchor) -> PreTrainedConfig:
     return config
 
 
+@plain_defaults()
 def assemble(
     chain: "Chain", plan: Plan, refine: bool = False, dtype: str | torch.dtype = "auto", progress: bool = True
 ) -> PreTrainedModel:

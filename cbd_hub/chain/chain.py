@@ -132,8 +132,18 @@ class Chain:
             raise IntegrityError(f"the chain {self.manifest.name!r} ships no tokenizer")
         from cbd_hub.hub.untrusted import read_tokenizer
 
-        paths = [checked_file(self.location, name, entry) for name, entry in self.manifest.tokenizer.items()]
-        return read_tokenizer(paths, self.manifest.name if self.location.is_local else self.location.place)
+        return read_tokenizer(
+            self.tokenizer_files, self.manifest.name if self.location.is_local else self.location.place
+        )
+
+    @property
+    def tokenizer_files(self) -> dict[str, Path]:
+        """Name → local path of the tokenizer's files, as the source had them.
+
+        Raises:
+            IntegrityError: A file differs from the manifest.
+        """
+        return {name: checked_file(self.location, name, entry) for name, entry in self.manifest.tokenizer.items()}
 
     @cached_property
     def index_maps(self) -> dict[str, IndexMap]:

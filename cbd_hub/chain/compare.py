@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.chain.chain import Chain
@@ -16,6 +16,7 @@ from cbd_hub.evaluation.metrics import rouge
 from cbd_hub.evaluation.summaries import evaluate_summaries, read_summaries
 from cbd_hub.evaluation.task_items import ITEMS, read_items
 from cbd_hub.evaluation.tasks import evaluate_tasks
+from cbd_hub.hub.load import load_model
 from cbd_hub.hub.read import Location
 from cbd_hub.manifest.manifest import MANIFEST_NAME
 from cbd_hub.text.documents import load_documents
@@ -228,11 +229,7 @@ def _open(location: Location, progress: bool) -> _Opened:
 
 
 def _load(location: Location) -> Iterator[tuple[str, PreTrainedModel]]:
-    with _clear_errors(location.place):
-        loaded = AutoModelForCausalLM.from_pretrained(
-            location.place, use_safetensors=True, trust_remote_code=False, **location.options
-        )
-    yield location.place, loaded
+    yield location.place, load_model(location, "auto")
 
 
 @contextmanager

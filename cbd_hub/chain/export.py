@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from cbd_hub.chain.chain import Chain
-from cbd_hub.files import whole_folder
+from cbd_hub.files import copy_files, whole_folder
 from cbd_hub.hub import cards
 from cbd_hub.interpolation.plan import Plan
 
@@ -40,8 +40,7 @@ def write_model(
     with whole_folder(folder) as temporary:
         model = chain.initialize(plan, refine, dtype=dtype, progress=progress)
         model.save_pretrained(temporary)
-        if chain.manifest.tokenizer:
-            chain.tokenizer.save_pretrained(temporary)
+        copy_files(chain.tokenizer_files, temporary)
         origin = model.config.cbd_hub
         card = cards.model_card(
             chain.manifest,

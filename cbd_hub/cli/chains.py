@@ -30,7 +30,7 @@ from cbd_hub.cli.options import (
 if TYPE_CHECKING:
     from cbd_hub.chain.chain import Chain
 
-__all__ = ["build", "fit_curve_command", "from_chain_command", "inspect", "plan", "push"]
+__all__ = ["build", "check", "fit_curve_command", "from_chain_command", "inspect", "plan", "push"]
 
 
 @app.command()
@@ -48,6 +48,29 @@ def build(
 
     chain = build_chain(recipe, output, resume=not no_resume, progress=not as_json)
     _show_chain(chain, as_json)
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE.yaml")],
+    output: Annotated[Path | None, typer.Option(help="Where the build would go; its disk is looked at.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Checks a recipe without training: shows the plan of the build, and everything that would stop it.
+
+    Exit 1 where something would.
+
+    Example: cbd-hub check examples/recipes/quickstart.yaml
+    """
+    from cbd_hub.build.check import check_recipe
+
+    plan = check_recipe(recipe, output)
+    if as_json:
+        print_json(plan.as_dict())
+    else:
+        sys.stdout.write(f"{plan}\n")
+    if plan.problems:
+        raise typer.Exit(1)
 
 
 @app.command("fit-curve")

@@ -4,6 +4,7 @@ transformers fills in what a checkpoint lacks with random weights and drops what
 warning. A source or a ready-made anchor that is loaded so would be another model without a word.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from cbd_hub.errors import RecipeError
 from cbd_hub.hub.read import Location
+from cbd_hub.hub.untrusted import mend_generation_config
 
 __all__ = ["load_config", "load_model"]
 
@@ -52,11 +54,12 @@ def load_config(location: Location) -> PreTrainedConfig:
     return config
 
 
-def load_model(location: Location) -> PreTrainedModel:
-    """Loads a causal language model in float32 and eval mode, every parameter from its safetensors files.
+def load_model(location: Location, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
+    """Loads a causal language model in eval mode, every parameter from its safetensors files.
 
     Args:
         location: A folder or a repository.
+        dtype: Of the model; ``"auto"`` is the one that it was saved in.
 
     Cost: beside the load itself, one pass over the weights.
 
@@ -75,7 +78,7 @@ def load_model(location: Location) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -94,6 +97,10 @@ def load_model(location: Location) -> PreTrainedModel:
     model: PreTrainedModel = loaded[0].eval()
     _check_report(place, model, loaded[1])
     _check_tied_head(place, model)
+    if model.generation_config is not None and (mended := mend_generation_config(model.generation_config)):
+        warnings.warn(
+            f"the generation config of {place!r} could not be saved again: {'; '.join(mended)}", stacklevel=2
+        )
     for name, parameter in model.named_parameters():
         low, high = parameter.detach().aminmax()
         if not (low.isfinite() and high.isfinite()):

@@ -17,6 +17,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from cbd_hub.errors import ChainNotFoundError, PublishError
+from cbd_hub.files import locked_folder
 from cbd_hub.hub import cards
 from cbd_hub.hub.card_results import add_results
 from cbd_hub.hub.chain_files import anchor_place, checked_file
@@ -106,6 +107,9 @@ def publish(
         PublishError: No permission, a repository that holds something else, or a connection that broke.
         IntegrityError: A file is not what the manifest says; nothing was uploaded then.
     """
+    if location.is_local:
+        with locked_folder(Path(location.place).expanduser(), "push it", make=False):
+            pass  # nobody is building in it
     if license is not None:
         manifest = manifest.model_copy(update={"license": license})
     target = Repository(repo_id, token, branch)

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import (
+    HfApi,
     cached_assets_path,
     constants,
     get_hf_file_metadata,
@@ -214,6 +215,24 @@ class Location:
             raise ChainNotFoundError(f"there is no folder {self.place!r}")
         with clear_errors(self.place, filename, self.revision):
             return Path(hf_hub_download(self.place, name, **self.options, **LIBRARY))
+
+    def names(self) -> list[str]:
+        """Returns the names of all files that are here, sorted; offline those of the cached snapshot alone.
+
+        Raises:
+            ChainNotFoundError: No such folder, repository or revision, or no access.
+        """
+        if self.is_local:
+            root = Path(self.place).expanduser() / self.subfolder
+            return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        before = f"{self.subfolder}/" if self.subfolder else ""
+        if not (self.local_files_only or constants.HF_HUB_OFFLINE):
+            with clear_errors(self.place, "its files", self.revision):
+                listed = HfApi(token=self.token, **LIBRARY).list_repo_files(self.place, revision=self.revision)
+            return sorted(name.removeprefix(before) for name in listed if name.startswith(before))
+        known = self.cached("config.json") or self.cached("tokenizer_config.json")
+        root = known.parent if known is not None else Path()
+        return [] if known is None else sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
 
     def cached(self, name: str) -> Path | None:
         """Returns the local path of a file that is there already, whole; None where it would have to be fetched."""

@@ -8,7 +8,7 @@ is never run. Whatever a reader makes of nonsense becomes one clear error.
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,12 +19,25 @@ from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.errors import CbdError, ManifestError
 from cbd_hub.manifest.json_files import read_json
 
-__all__ = ["guarded", "read_config", "read_generation_config", "read_tokenizer"]
+__all__ = [
+    "guarded",
+    "is_tokenizer_file",
+    "mend_generation_config",
+    "read_config",
+    "read_generation_config",
+    "read_tokenizer",
+]
 
 T = TypeVar("T")
 
 _MOST_ENTRIES = 10_000
 _COUNTS = re.compile(r".*layers?|.*_labels")
+_TOKENIZER_FILE = re.compile(
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|encoder|tekken|chat_template)\.json|merges\.txt"
+    r"|vocab\.(txt|bpe)|[A-Za-z0-9_][\w.-]*\.(model|tiktoken|spm)|chat_template\.jinja"
+    r"|additional_chat_templates/[A-Za-z0-9_][\w.-]*\.jinja"
+)
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _UNWANTED = ("auto_map", "id2label", "label2id", "num_labels", "configuration_files", "problem_type")
 _REFUSED = ("quantization_config", "fusion_config", "distributed_config", "per_layer_config")
 
@@ -90,22 +103,59 @@ def read_generation_config(path: Path) -> GenerationConfig:
         IntegrityError: The file is no JSON object.
     """
     values = read_json(path, 1 << 20)
-    return guarded(str(path), lambda: GenerationConfig.from_dict(values))
+    config = guarded(str(path), lambda: GenerationConfig.from_dict(values))
+    guarded(str(path), lambda: mend_generation_config(config))
+    return config
 
 
-def read_tokenizer(paths: Iterable[Path], name: str) -> Tokenizer:
+def mend_generation_config(config: GenerationConfig) -> list[str]:
+    """Mends what transformers would refuse to save, in place; returns what was done, in words.
+
+    Many published models set a temperature without ``do_sample``: transformers then decodes greedily, warns, and
+    refuses to save the config. Sampling is switched on, as the values ask for it; impossible token ids are dropped.
+    """
+    done = []
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value < 0:
+            setattr(config, name, None)
+            done.append(f"{name} {value} was dropped")
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        asked = [n for n in _SAMPLING if getattr(config, n, None) not in (None, getattr(GenerationConfig(), n, None))]
+        if asked and not config.do_sample:
+            config.do_sample = True
+            done.append(f"do_sample was set, which {', '.join(asked)} asks for")
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            ids = {n: getattr(config, n, None) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            config.__dict__.update(GenerationConfig(**ids).__dict__)
+            done.append(f"all but the token ids was dropped ({' '.join(str(error).split())[:200]})")
+    return done
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether transformers would read a file of this name, relative to its folder, when it loads a tokenizer."""
+    return _TOKENIZER_FILE.fullmatch(name) is not None
+
+
+def read_tokenizer(files: Mapping[str, Path], name: str) -> Tokenizer:
     """Reads a tokenizer from the files that the manifest names, and from no other.
 
     Args:
-        paths: The files, already checked against the manifest's hashes.
+        files: Name in the chain → file, already checked against the manifest's hashes.
         name: What the tokenizer is to call its origin.
 
     Raises:
         ManifestError: The files make no tokenizer, or need code of the repository.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for path in paths:
-            (Path(folder) / path.name).symlink_to(path.resolve())
+        for inner, path in files.items():
+            link = Path(folder) / inner
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.resolve())
         load = AutoTokenizer.from_pretrained
         tokenizer: Tokenizer = guarded("the chain's tokenizer", lambda: load(folder, trust_remote_code=False))
     tokenizer.name_or_path = name

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.axes.architectures import axis_map_for
-from cbd_hub.errors import RecipeError
+from cbd_hub.errors import RecipeError, did_you_mean
 
 __all__ = ["fresh_config", "fresh_model"]
 
@@ -42,6 +42,12 @@ def fresh_config(
         config = AutoConfig.for_model(architecture, **values)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise RecipeError(f"{key} is no {architecture} config: {error}") from error
+    declared = type(config)().to_dict()
+    if unknown := [name for name in fields if name not in declared and not hasattr(type(config), name)]:
+        raise RecipeError(
+            f"{key} has {unknown[0]!r}, which is no field of a {architecture} config."
+            + did_you_mean(unknown[0], declared)
+        )
     axis_map_for(config)
     if (rows := config.get_text_config().vocab_size) < len(tokenizer):
         raise RecipeError(f"{key}.vocab_size is {rows}, and the tokenizer has {len(tokenizer)} tokens; leave it out")

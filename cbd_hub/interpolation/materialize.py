@@ -6,6 +6,7 @@ assembly (anchors on disk) and building (a student cut out of a teacher in memor
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.utils import logging
 
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
-from cbd_hub.errors import AxisMapError, SizeError
+from cbd_hub.errors import AxisMapError, PrecisionError, SizeError
 from cbd_hub.interpolation.checkpoints import DTYPES
 from cbd_hub.interpolation.control_points import factor_names, leading_rows
 from cbd_hub.interpolation.operations import TensorOp, list_operations
@@ -29,9 +30,11 @@ __all__ = [
     "blend",
     "blend_models",
     "build_model",
+    "check_fits",
     "cut",
     "make_tensor",
     "parse_dtype",
+    "plain_defaults",
     "target_config",
 ]
 
@@ -119,7 +122,49 @@ def blend(
         Parameter name and tensor, in the order of the operations.
     """
     for op in operations:
-        yield op.name, make_tensor(op, pair, target, read_large, read_small, dtype, read_control)
+        made = make_tensor(op, pair, target, read_large, read_small, dtype, read_control)
+        if dtype == torch.float16:
+            exact = partial(make_tensor, op, pair, target, read_large, read_small, torch.float32)
+            check_fits(op.name, made, exact)
+        yield op.name, made
+
+
+def check_fits(name: str, cast: torch.Tensor, exact: Callable[[], torch.Tensor]) -> None:
+    """Refuses a tensor whose cast to its dtype overflowed.
+
+    Args:
+        name: Of the tensor.
+        cast: After the cast.
+        exact: Returns it before; called only where the cast is not finite.
+
+    Cost: one pass over the cast tensor.
+
+    Raises:
+        PrecisionError: A value is larger than the dtype holds, or not finite from the start.
+    """
+    if bool(torch.isfinite(cast).all()):
+        return
+    largest, most = float(exact().abs().max()), torch.finfo(cast.dtype).max
+    short = str(cast.dtype).removeprefix("torch.")
+    raise PrecisionError(
+        f"{name} reaches {largest:.4g}, and {short} holds no more than {most:.6g}: it would become inf; take bfloat16 "
+        "or float32 instead"
+    )
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Makes tensors on the CPU and in float32 where nothing else is said, whatever default the caller has set."""
+    dtype = torch.get_default_dtype()
+    if torch.get_default_device() == torch.device("cpu") and dtype == torch.float32:
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def blend_models(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cbd_hub.axes.axis_map import AxisMap
-from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, parse_count, solve
+from cbd_hub.axes.sizing import Sizes, as_real, count_parameters, format_count, parse_count, solve
 from cbd_hub.errors import AxisMapError, SizeError, did_you_mean
 from cbd_hub.interpolation.operations import TensorOp, list_operations
 from cbd_hub.interpolation.pair import Pair
@@ -160,10 +160,11 @@ def make_plan(
         raise SizeError("give exactly one of num_parameters and shape")
     if method not in METHODS:
         raise SizeError(f"method is {method!r}; allowed: {', '.join(METHODS)}.{did_you_mean(str(method), METHODS)}")
-    numeric = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if alpha != "auto" and not (numeric and 0 <= alpha <= 1):  # type: ignore[operator]
+    automatic = isinstance(alpha, str) and alpha == "auto"
+    given = None if automatic else as_real(alpha)
+    if not automatic and (given is None or not 0 <= given <= 1):
         raise SizeError(f"alpha is {alpha!r}; allowed: a number from 0 (large anchor) to 1 (small anchor), or 'auto'")
-    if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
+    if (most := as_real(tolerance)) is None or not 0 <= most < 1:
         raise SizeError(f"tolerance is {tolerance!r}; allowed: 0 up to 1, e.g. 0.01 for one percent")
     axis_map = manifest.resolved_axis_map
     if shape is not None:
@@ -173,14 +174,14 @@ def make_plan(
     count = count_parameters(axis_map, sizes)
     span = large.num_parameters - small.num_parameters
     position = (count - small.num_parameters) / span if span else 0.0
-    weight, notes = float(alpha) if alpha != "auto" else 1 - position, []
+    weight, notes = 1 - position if given is None else float(given), []
     chosen = method
     own = next((a for a in (small, large) if manifest.sizes(a) == sizes), None)
     if method == "auto":
         width_differs = (
             small.shape != large.shape and manifest.sizes(small)["hidden"] != manifest.sizes(large)["hidden"]
         )
-        chosen = "expand" if width_differs and position < EXPAND_BELOW and alpha == "auto" else "interpolate"
+        chosen = "expand" if width_differs and position < EXPAND_BELOW and automatic else "interpolate"
         if small is not large and small.bent:
             chosen = "bezier"
         elif small is not large and not small.aligned:
@@ -264,11 +265,12 @@ def _pair_for_count(
 def _pair_for_shape(
     manifest: Manifest, axis_map: AxisMap, shape: Mapping[str, int]
 ) -> tuple[Anchor, Anchor, dict[str, int]]:
+    shape = {name: value if (n := as_real(value)) is None or n != int(n) else int(n) for name, value in shape.items()}
     for name, value in shape.items():
         if name not in axis_map.fields:
             hint = did_you_mean(str(name), axis_map.fields)
             raise SizeError(f"shape has no field {name!r}; allowed: {', '.join(axis_map.fields)}.{hint}")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or value < 1:
             raise SizeError(f"shape field {name!r} is {value!r}; expected a positive integer")
     pairs = list(zip(manifest.anchors[1:], manifest.anchors, strict=False)) or [(manifest.anchors[0],) * 2]
     problems = []

@@ -77,6 +77,9 @@ CONTROL_POINTS_NAME = "control_points"
 """Folder with one safetensors file for every pair with a control point, named after its smaller anchor."""
 
 
+_TEMPLATES = "additional_chat_templates"
+"""Folder of a tokenizer's further chat templates."""
+
 _MOST_BYTES = 1 << 24
 _MOST_LAYERS = 1_000
 _MOST_TENSORS = 256
@@ -242,7 +245,8 @@ class Manifest(Strict):
         """No file takes the place of another, or of a folder."""
         own = {MANIFEST_NAME, INDEX_MAPS_NAME, CHECKSUMS_NAME, CALIBRATION_NAME}
         for name in self.tokenizer:
-            if "/" in name or name in own or name.startswith((MANIFEST_NAME, "anchors", CONTROL_POINTS_NAME)):
+            inner = "/" in name and not name.startswith(f"{_TEMPLATES}/")
+            if inner or name in own or name.startswith((MANIFEST_NAME, "anchors", CONTROL_POINTS_NAME)):
                 raise ValueError(f"a tokenizer file cannot be called {name!r}")
         for anchor in self.anchors:
             folders = {name.rsplit("/", n)[0] for name in anchor.files for n in range(1, name.count("/") + 1)}

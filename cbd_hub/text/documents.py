@@ -5,6 +5,7 @@ Text comes from files or from a dataset, on the Hub or on disk, and becomes *doc
 """
 
 import glob
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ __all__ = [
     "load_documents",
     "read_source",
 ]
+
+_JSON_LINES = (".jsonl", ".ndjson")
+"""Suffixes of files that hold one JSON value a line."""
 
 Documents: TypeAlias = Dataset | IterableDataset
 """Rows in memory or on disk, or a stream of them."""
@@ -52,7 +56,8 @@ def read_source(
 ) -> Documents:
     """Reads the documents of a source into a dataset with the one column ``text``.
 
-    Files are read in the order of their paths, line ends become ``\\n``, and a single file is cut into
+    Files are read in the order of their paths; ``.jsonl`` files hold one object a line, whose ``text`` is a document.
+    In others line ends become ``\\n``, and a single file is cut into
     documents at its form feeds, if it has any. Rows of a dataset that are empty are left out. An end-of-text token
     that a chat template writes last is left off: :func:`cbd_hub.text.packing.pack` writes one.
 
@@ -90,14 +95,22 @@ def _match_files(patterns: str | list[str], base_dir: Path) -> list[Path]:
     """All files that match any pattern, sorted by their path below `base_dir`, each once."""
     matched: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        names = [
-            name for name in glob.glob(pattern, root_dir=base_dir, recursive=True) if not (base_dir / name).is_dir()
-        ]
+        found = glob.glob(_literal_folders(pattern, base_dir), root_dir=base_dir, recursive=True)
+        names = [name for name in found if not (base_dir / name).is_dir()]
         if not names:
             hint = "it is a folder: add /*.txt" if (base_dir / pattern).is_dir() else "check the path or pattern"
             raise RecipeError(f"No text file matches {pattern!r} in {base_dir.resolve()}: {hint}.")
         matched.update(Path(name).as_posix() for name in names)
     return [base_dir / name for name in sorted(matched)]
+
+
+def _literal_folders(pattern: str, base_dir: Path) -> str:
+    """A pattern in which the file or the leading folders that are there by that very name are no patterns."""
+    parts = Path(pattern).parts
+    for count in range(len(parts), 0, -1):
+        if glob.has_magic(head := str(Path(*parts[:count]))) and (base_dir / head).exists():
+            return str(Path(glob.escape(head), *parts[count:]))
+    return pattern
 
 
 def _read_documents(paths: Sequence[Path], cut: bool) -> Iterator[dict[str, str]]:
@@ -110,8 +123,48 @@ def _read_documents(paths: Sequence[Path], cut: bool) -> Iterator[dict[str, str]
             raise RecipeError(f"{path} cannot be read: {error.strerror}.") from error
         if not text.strip():
             raise RecipeError(f"{path} is empty; remove it from text_files.")
+        if path.suffix in _JSON_LINES:
+            yield from _json_lines(path, text)
+            continue
         pieces = text.split("\f") if cut else [text]
         yield from ({"text": piece} for piece in pieces if piece.strip())
+
+
+def _json_lines(path: Path, text: str) -> Iterator[dict[str, str]]:
+    """One document a line, under the key ``text``; lines that are blank, and documents that are, are left out."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise RecipeError(f"{path}, line {number}, is no JSON ({error}); is the line cut off?") from None
+        document = row.get("text") if isinstance(row, dict) else row
+        if document is None and isinstance(row, dict) and "text" in row:
+            continue
+        if not isinstance(document, str):
+            keys = (
+                f"an object with {', '.join(map(str, row)) or 'no key'}" if isinstance(row, dict) else repr(row)[:40]
+            )
+            raise RecipeError(
+                f"{path}, line {number}, holds {keys}; every line is an object with a `text` that is a string (for "
+                "other columns, name the file's folder as a dataset)"
+            )
+        if document.strip():
+            yield {"text": document}
+
+
+def _broken_line(folder: Path) -> str:
+    """Where a folder's JSON lines cannot be read, as the end of a sentence; empty if they can."""
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in _JSON_LINES):
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    if line.strip():
+                        json.loads(line)
+                except ValueError as error:
+                    return f"{path}, line {number}, is no JSON ({error})"
+    return ""
 
 
 def _load_rows(
@@ -122,7 +175,8 @@ def _load_rows(
         path = str(folder) if folder.is_dir() else source.name
         rows = load_dataset(path, source.config, split=source.split, revision=source.revision, streaming=streaming)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise RecipeError(f"The dataset {source.name!r} cannot be loaded: {error}") from error
+        where = _broken_line(folder) if folder.is_dir() else ""
+        raise RecipeError(f"The dataset {source.name!r} cannot be loaded: {where or error}") from error
     columns = rows.column_names or list(next(iter(rows), {}))
     if source.column not in columns:
         raise RecipeError(
@@ -144,7 +198,12 @@ def _load_rows(
 
 
 def _holds_conversations(rows: Documents, source: DatasetSource) -> bool:
-    if rows.features is not None and isinstance(rows.features[source.column], Value):
+    if rows.features is not None and isinstance(kind := rows.features[source.column], Value):
+        if kind.dtype not in ("string", "large_string", "string_view", "null"):
+            raise RecipeError(
+                f"The column {source.column!r} of the dataset {source.name!r} holds {kind.dtype} values; name one "
+                "that holds text or conversations, which are lists of {role, content}."
+            )
         return False
     first = next((row[source.column] for row in rows if row[source.column]), "")
     if not isinstance(first, str | list):

@@ -6,12 +6,14 @@ Settings stand apart from the code that reads text, so that a recipe is read wit
 import hashlib
 from typing import Any
 
-from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from cbd_hub.settings import Settings
 
 __all__ = ["DataConfig", "DatasetSource", "GenerationConfig", "Sampling", "ServerConfig", "SourceConfig"]
 
 
-class DatasetSource(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class DatasetSource(Settings):
     """A text column of a dataset on the Hub, or of a local dataset folder."""
 
     name: str
@@ -27,12 +29,12 @@ class DatasetSource(BaseModel, extra="forbid", frozen=True, use_attribute_docstr
     """Branch, tag or commit of the dataset repository; a commit makes the build repeatable."""
 
 
-class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class SourceConfig(Settings):
     """One of several sources of text: exactly one of `text_files` and `dataset`."""
 
     text_files: str | list[str] | None = None
-    """Paths or glob patterns of UTF-8 text files, relative to the recipe's folder. Each file is one
-    document."""
+    """Paths or glob patterns of UTF-8 text files, relative to the recipe's folder. Each file is one document; a
+    ``.jsonl`` file holds one a line, under the key ``text``."""
     dataset: DatasetSource | None = None
     """A dataset to read the text from."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -46,12 +48,12 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
         return self
 
 
-class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class DataConfig(Settings):
     """Which text a chain is distilled on: exactly one of `text_files` and `dataset`, or a list of `sources`."""
 
     text_files: str | list[str] | None = None
-    """Paths or glob patterns of UTF-8 text files, relative to the recipe's folder. Each file is one
-    document."""
+    """Paths or glob patterns of UTF-8 text files, relative to the recipe's folder. Each file is one document; a
+    ``.jsonl`` file holds one a line, under the key ``text``."""
     dataset: DatasetSource | None = None
     """A dataset to read the text from."""
     sources: list[SourceConfig] | None = Field(default=None, min_length=1)
@@ -96,7 +98,7 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
         return {name: value for name, value in handler(self).items() if value or name not in newer}
 
 
-class Sampling(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class Sampling(Settings):
     """How the next token is chosen."""
 
     max_new_tokens: int = Field(default=200, ge=1)
@@ -115,7 +117,7 @@ class Sampling(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=
         return int(hashlib.sha256(f"{self.seed}:{number}".encode()).hexdigest(), 16) % 2**31
 
 
-class ServerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class ServerConfig(Settings):
     """A server that speaks the OpenAI protocol, such as vLLM's."""
 
     base_url: str = Field(pattern="^https?://")
@@ -132,11 +134,11 @@ class ServerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     """Seconds that one try may take."""
     start: str | None = None
     """Sent for an empty prompt: the begin-of-text token as text, such as "<s>"."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = Field(default_factory=dict)
     """Further fields of each request, for this server alone."""
 
 
-class GenerationConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class GenerationConfig(Settings):
     """What a source model writes, and which of it is kept."""
 
     prompts: str | DatasetSource | None = None

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -33,7 +33,10 @@ from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.evaluation.plots import plot_recovery
 from cbd_hub.files import whole_folder
 from cbd_hub.hub.cards import recovered_card
+from cbd_hub.hub.load import load_model
+from cbd_hub.hub.read import Location
 from cbd_hub.manifest.manifest import MANIFEST_NAME, Training
+from cbd_hub.settings import Settings
 from cbd_hub.text.documents import Documents
 from cbd_hub.text.packing import mix, pack
 from cbd_hub.text.settings import DataConfig
@@ -52,7 +55,7 @@ __all__ = [
 _CARD_KEYS = ("license", "license_name", "license_link", "language", "datasets", "base_model", "base_model_relation")
 
 
-class RecoverConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class RecoverConfig(Settings):
     """What a recovery does: the text, the training, and what it is compared with."""
 
     data: DataConfig
@@ -284,9 +287,8 @@ def _open(place: str) -> tuple[PreTrainedModel, Tokenizer]:
     """A model in its own dtype, and its tokenizer."""
     if (Path(place) / MANIFEST_NAME).is_file():
         raise RecipeError(f"{place!r} is a chain; make a model from it first, with cbd-hub from-chain.")
+    model = load_model(Location(place), "auto")
     try:
-        load = AutoModelForCausalLM.from_pretrained
-        model = load(place, dtype="auto", use_safetensors=True, trust_remote_code=False)
         return model, AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ChainNotFoundError(f"{place!r} is no model that can be loaded, tokenizer included: {error}") from error

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from cbd_hub.axes.sizing import parse_count
 from cbd_hub.losses.names import DivergenceName
+from cbd_hub.settings import Settings
 
 __all__ = ["AnchorDistillation", "ControlPointConfig", "DistillationConfig", "TokenCount"]
 
@@ -13,7 +14,7 @@ TokenCount = Annotated[int, BeforeValidator(lambda v: parse_count(v) if isinstan
 """A number of tokens: an int, or a string such as ``"5M"``."""
 
 
-class DistillationConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class DistillationConfig(Settings):
     """How an anchor is trained."""
 
     tokens: TokenCount = 1_000_000
@@ -67,7 +68,7 @@ class DistillationConfig(BaseModel, extra="forbid", frozen=True, use_attribute_d
         return self
 
 
-class ControlPointConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class ControlPointConfig(Settings):
     """How the curve between an anchor and its larger neighbor is learned."""
 
     rank: int | None = Field(default=None, ge=1)
@@ -81,7 +82,7 @@ class ControlPointConfig(BaseModel, extra="forbid", frozen=True, use_attribute_d
     """Train the anchor in the steps on the curve as well; false leaves it as it is."""
 
 
-class AnchorDistillation(DistillationConfig, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class AnchorDistillation(DistillationConfig):
     """How an anchor is trained, and the curve between it and its larger neighbor."""
 
     control_point: ControlPointConfig | None = ControlPointConfig()

@@ -6,6 +6,7 @@ import random
 import re
 from statistics import median
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -108,6 +109,7 @@ def test_known_counts() -> None:
         ("1_000_000", 10**6), ("1,000,000", 10**6), (138_000_000, 138_000_000), ("7", 7), (".5B", 500_000_000),
         ("0.1234567B", 123_456_700),
         ("1T", 10**12), (1, 1),
+        (np.int64(7), 7), (np.float32(5e6), 5 * 10**6), (torch.tensor(9), 9), (138e6, 138 * 10**6),
     ],
 )  # fmt: skip
 def test_parse_count(text: int | str, count: int) -> None:
@@ -118,7 +120,9 @@ def test_parse_count(text: int | str, count: int) -> None:
 @pytest.mark.parametrize(
     "wrong",
     ["138X", "", "M", "1.2.3M", "-5M", "1e8", "12MB", "nan", "inf", "one", True, False, 0, -1, "0", "0.0001k", None,
-     "9" * 400 + "T", "9" * 5000, 10**15, 10**400, "138 M B", [138]],
+     "1,5M", "1,500M", "1,5", "1,50,000", "12,34", "1.5,000", np.True_, float("nan"),
+     float("inf"), 1.5, np.float32(0.5),
+     torch.tensor(True), torch.ones(2), "9" * 400 + "T", "9" * 5000, 10**15, 10**400, "138 M B", [138]],
 )  # fmt: skip
 def test_parse_count_refuses(wrong: object) -> None:
     with pytest.raises(SizeError, match=r"is not a parameter count|between 1 and 10\^15"):

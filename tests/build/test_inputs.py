@@ -1,6 +1,7 @@
 """What a build is made from: the same ingredients every time, and none that are made up."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,18 @@ import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
 from tiny_recipe import TEXT, built_chain, tiny_recipe
+from tiny_text import make_documents
 from transformers import AutoTokenizer
 
+from cbd_hub.build.build import build_chain
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import load_recipe
+from cbd_hub.chain.chain import Chain
+from cbd_hub.chain.export import write_model
 from cbd_hub.errors import RecipeError, UnknownArchitectureError
+from cbd_hub.hub.untrusted import is_tokenizer_file
 from cbd_hub.initialization.refit import REFIT_TOKENS
+from cbd_hub.text.packing import train_tokenizer
 
 
 def made(**changes: Any) -> BuildInputs:
@@ -203,3 +210,71 @@ def test_a_source_that_cannot_be_trained_is_refused_first(
     with pytest.raises(error, match=match):
         made(source={"train": train}).source(tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+# -- the tokenizer's files -----------------------------------------------------------------------------------------
+
+
+def with_files(folder: Path, edit: Callable[[Path], object]) -> Path:
+    tokenizer = train_tokenizer(make_documents(), 300)
+    tokenizer.save_pretrained(folder)
+    tiny_model(tiny_config("llama", vocab_size=300)).save_pretrained(folder)
+    edit(folder)
+    return folder
+
+
+def named_templates(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("T {{ messages[0]['content'] }}")
+
+
+def another_class(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "GPT2Tokenizer"}, indent=7))
+
+
+def foreign_spacing(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
+
+
+@pytest.mark.filterwarnings("ignore:transformers reads the tokenizer")
+@pytest.mark.parametrize("edit", [named_templates, another_class, foreign_spacing])
+def test_tokenizer_files_are_kept_byte_for_byte(tmp_path: Path, edit: Callable[[Path], object]) -> None:
+    source = with_files(tmp_path / "src", edit)
+    recipe = {"name": "t", "source": {"model": str(source)}, "anchors": [0.8], "distillation": {"tokens": 0}}
+    chain = build_chain(recipe, tmp_path / "chain", progress=False)
+    kept = [
+        p.relative_to(source)
+        for p in source.rglob("*")
+        if p.is_file() and is_tokenizer_file(str(p.relative_to(source)))
+    ]
+    assert sorted(map(str, kept)) == sorted(chain.manifest.tokenizer)
+    Chain.from_pretrained(tmp_path / "chain").save_pretrained(tmp_path / "copy")
+    write_model(chain, chain.plan(chain.anchors[1].num_parameters), tmp_path / "model", progress=False)
+    for folder in ("chain", "copy", "model", f"chain/anchors/{chain.anchors[1].name}"):
+        for name in kept:
+            assert (tmp_path / folder / name).read_bytes() == (source / name).read_bytes()
+    again, first = (AutoTokenizer.from_pretrained(place) for place in (tmp_path / "model", source))
+    assert again.chat_template == first.chat_template == chain.tokenizer.chat_template
+    assert again("one 2 three")["input_ids"] == first("one 2 three")["input_ids"]
+
+
+def test_another_reading_than_the_file_s_is_said(tmp_path: Path) -> None:
+    def edit(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text())
+        content["pre_tokenizer"] = {
+            "type": "Split",
+            "pattern": {"Regex": "."},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        path.write_text(json.dumps(content))
+        another_class(folder)
+
+    source = with_files(tmp_path / "src", edit)
+    recipe = {"name": "t", "source": {"model": str(source)}, "anchors": [0.8], "distillation": {"tokens": 0}}
+    with pytest.warns(UserWarning, match="splits text otherwise than its tokenizer.json does"):
+        assert BuildInputs(*load_recipe(recipe)).tokenizer is not None

@@ -1,17 +1,23 @@
 """Configs and tokenizers of a repository: what they claim is compared before transformers sees it."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from make_chain import add_tokenizer, make_chain, variant_model
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.errors import IntegrityError, ManifestError
-from cbd_hub.hub.untrusted import guarded, read_config, read_generation_config, read_tokenizer
+from cbd_hub.hub.untrusted import (
+    guarded,
+    is_tokenizer_file,
+    mend_generation_config,
+    read_config,
+    read_generation_config,
+    read_tokenizer,
+)
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt2", "gpt_neox", "opt", "gemma3_text", "phi3", "olmo2", "smollm3"])
@@ -63,15 +69,14 @@ def test_a_generation_config(tmp_path: Path) -> None:
 def test_a_tokenizer_is_read_from_its_files_alone(tmp_path: Path) -> None:
     chain = add_tokenizer(make_chain(tmp_path / "c", variant_model("llama", vocab_size=320)))
     names = json.loads((chain / "chain.json").read_text())["tokenizer"]
-    paths = [chain / name for name in names]
-    made = read_tokenizer(paths, "org/chain")
+    made = read_tokenizer({name: chain / name for name in names}, "org/chain")
     assert made.name_or_path == "org/chain"
     assert made.decode(made("word 7")["input_ids"]) == "word 7"
     made.save_pretrained(tmp_path / "saved")
-    again = read_tokenizer(sorted((tmp_path / "saved").iterdir()), "x")
+    again = read_tokenizer({p.name: p for p in (tmp_path / "saved").iterdir()}, "x")
     assert again("word 7")["input_ids"] == made("word 7")["input_ids"]
     with pytest.raises(ManifestError, match="the chain's tokenizer cannot be used"):
-        read_tokenizer([shutil.copy(chain / "chain.json", tmp_path / "odd.json")], "x")
+        read_tokenizer({"odd.json": chain / "chain.json"}, "x")
 
 
 def test_errors_of_every_kind_are_one() -> None:
@@ -83,3 +88,46 @@ def test_errors_of_every_kind_are_one() -> None:
     with pytest.raises(IntegrityError, match=r"^as it was$"):
         guarded("it", lambda: (_ for _ in ()).throw(IntegrityError("as it was")))
     assert guarded("it", lambda: 5) == 5
+
+
+@pytest.mark.parametrize(
+    ("values", "done"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, "do_sample was set, which temperature, top_p asks for"),
+        ({"top_k": 7, "pad_token_id": -1}, "pad_token_id -1 was dropped"),
+        ({"min_p": 0.1, "do_sample": False}, "do_sample was set"),
+        ({"early_stopping": True}, "all but the token ids was dropped"),
+    ],
+)
+def test_a_generation_config_that_cannot_be_saved_is_mended(tmp_path: Path, values: dict, done: str) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": 2, **values}))
+    config = GenerationConfig.from_dict(json.loads(path.read_text()))
+    assert any(done in text for text in mend_generation_config(config))
+    config.save_pretrained(tmp_path / "saved")
+    assert config.eos_token_id == 2
+    read_generation_config(path).save_pretrained(tmp_path / "again")
+
+
+def test_a_good_generation_config_stays(tmp_path: Path) -> None:
+    config = GenerationConfig(do_sample=True, temperature=0.5, eos_token_id=[1, 2], pad_token_id=0)
+    before = config.to_dict()
+    assert mend_generation_config(config) == []
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
+     "additional_chat_templates/tool_use.jinja", "special_tokens_map.json", "qwen.tiktoken"],
+)  # fmt: skip
+def test_tokenizer_files(name: str) -> None:
+    assert is_tokenizer_file(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "../tokenizer.json", "tokenizer.py", "a/tokenizer.json", ".model", "x/../y.jinja",
+             "additional_chat_templates/../../x.jinja", "config.json"]
+)  # fmt: skip
+def test_other_files(name: str) -> None:
+    assert not is_tokenizer_file(name)

@@ -1,14 +1,18 @@
 """From a plan's operations to tensors and a model: the parts that assembly and building share."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from make_chain import make_chain, variant_model
 from tiny_models import tiny_config, tiny_model
 
 from cbd_hub.axes.architectures import axis_map_for
-from cbd_hub.errors import AxisMapError, OutputExistsError, SizeError
+from cbd_hub.chain.chain import Chain, from_chain
+from cbd_hub.chain.export import write_model
+from cbd_hub.errors import AxisMapError, OutputExistsError, PrecisionError, SizeError
 from cbd_hub.files import whole_folder
 from cbd_hub.interpolation.materialize import blend, build_model, parse_dtype, target_config
 from cbd_hub.interpolation.operations import list_operations
@@ -86,3 +90,52 @@ def test_a_parameter_too_few_or_too_many_is_refused(change: str) -> None:
         state["model.norm.shift"] = torch.zeros(48)
     with pytest.raises(AxisMapError, match=r"model\.norm\."):
         build_model(model.config, state, torch.float32)
+
+
+# -- casts that overflow, and defaults of the caller ------------------------------------------------------------------
+
+
+def chain_with(folder: Path, value: float) -> Path:
+    model = variant_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.down_proj.weight")[0, 0] = value
+    return make_chain(folder, model, noise=0.0)
+
+
+@pytest.mark.parametrize("value", [1e5, -7e4, 65520.0])
+def test_a_cast_to_float16_that_overflows_is_refused(tmp_path: Path, value: float) -> None:
+    chain = Chain.from_pretrained(chain_with(tmp_path / "c", value))
+    top = chain.plan(chain.anchors[0].num_parameters)
+    with pytest.raises(PrecisionError, match=r"down_proj.weight reaches .*float16 holds no more than 65504"):
+        chain.initialize(top, dtype="float16", progress=False)
+    assert chain.initialize(top, dtype="bfloat16", progress=False).dtype == torch.bfloat16
+    with pytest.raises(PrecisionError, match="down_proj"):
+        write_model(chain, top, tmp_path / "out", dtype="float16", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_fits_is_cast(tmp_path: Path) -> None:
+    chain = Chain.from_pretrained(chain_with(tmp_path / "c", 65504.0))
+    made = chain.initialize(chain.plan(chain.anchors[0].num_parameters), dtype="float16", progress=False)
+    assert float(made.get_parameter("model.layers.0.mlp.down_proj.weight")[0, 0]) == 65504.0
+
+
+@pytest.mark.parametrize("default", ["meta device", "half precision", "double precision", "default device"])
+def test_a_default_of_the_caller_changes_nothing(tmp_path: Path, default: str) -> None:
+    folder = make_chain(tmp_path / "c", variant_model("llama"))
+    chain = Chain.from_pretrained(folder)
+    size = (chain.anchors[0].num_parameters + chain.anchors[1].num_parameters) // 2
+    expected = from_chain(folder, num_parameters=size).state_dict()
+    try:
+        if default == "default device":
+            torch.set_default_device("meta")
+        if "precision" in default:
+            torch.set_default_dtype(torch.float16 if "half" in default else torch.float64)
+        with torch.device("meta") if default == "meta device" else nullcontext():
+            made = from_chain(folder, num_parameters=size).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for name, value in expected.items():
+        assert made[name].device.type == "cpu" and made[name].dtype == value.dtype
+        assert torch.equal(made[name], value)

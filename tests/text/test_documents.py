@@ -258,3 +258,61 @@ def test_a_list_of_anything_else_is_no_conversation(
     other = DataConfig(dataset=DatasetSource(name="other", column="messages"), streaming=streaming)
     with pytest.raises(RecipeError, match="holds dict values; name one that holds text or conversations"):
         load_documents(other, tmp_path, chat_tokenizer)
+
+
+# -- JSON lines, odd paths and columns --------------------------------------------------------------------------------
+
+
+def lines(folder: Path, *rows: object, name: str = "a.jsonl") -> Path:
+    path = folder / name
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_json_lines_hold_a_document_each(tmp_path: Path) -> None:
+    lines(tmp_path, {"text": "one\ntwo", "id": 3}, "", {"text": ""}, {"text": None}, json.dumps("three"))
+    assert texts(load_documents(DataConfig(text_files="*.jsonl"), tmp_path)) == ["one\ntwo", "three"]
+    streamed = load_documents(DataConfig(text_files="*.jsonl", streaming=True), tmp_path)
+    assert texts(streamed) == ["one\ntwo", "three"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"text": "cut', "line 3, is no JSON .*is the line cut off"),
+        ({"text": 5}, "line 3, holds an object with text; every line"),
+        ({"body": "x"}, "line 3, holds an object with body; every line"),
+        ([1], "line 3, holds .1.; every line"),
+        ("NaN,", "line 3, is no JSON"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, row: object, message: str) -> None:
+    lines(tmp_path, {"text": "a"}, {"text": "b"}, row, {"text": "c"})
+    with pytest.raises(RecipeError, match=rf"a\.jsonl, {message}"):
+        load_documents(DataConfig(text_files="a.jsonl"), tmp_path)
+
+
+def test_a_broken_line_of_a_dataset_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    lines(tmp_path / "rows", {"text": "a"}, '{"text": "cut', {"text": "b"})
+    with pytest.raises(RecipeError, match=r"a\.jsonl, line 2, is no JSON"):
+        load_documents(DataConfig(dataset=DatasetSource(name="rows")), tmp_path)
+
+
+@pytest.mark.parametrize("values", [[1, 2], [0.5, 1.5], [True, False]])
+def test_a_column_that_holds_no_text_is_named(tmp_path: Path, values: list[object]) -> None:
+    (tmp_path / "rows").mkdir()
+    lines(tmp_path / "rows", *({"text": value} for value in values))
+    with pytest.raises(RecipeError, match=r"The column 'text' of the dataset 'rows' holds \w+ values"):
+        load_documents(DataConfig(dataset=DatasetSource(name="rows")), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["run[1]", "what?", "a*b", "[!x]"])
+def test_what_is_there_by_its_name_is_no_pattern(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "t[2].txt").write_text("one")
+    (tmp_path / name / "u.txt").write_text("two")
+    for pattern in (f"{name}/t[2].txt", str(tmp_path / name / "t[2].txt")):
+        assert texts(load_documents(DataConfig(text_files=pattern), tmp_path)) == ["one"]
+    assert texts(load_documents(DataConfig(text_files=f"{name}/*.txt"), tmp_path)) == ["one", "two"]
+    assert texts(load_documents(DataConfig(text_files=f"{name}/[u].txt"), tmp_path)) == ["two"]
