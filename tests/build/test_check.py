@@ -69,7 +69,9 @@ def test_more_tokens_than_rows(tmp_path: Path, extra: int) -> None:
     assert f"{extra} tokens beyond the 300 rows" in found and "resize_token_embeddings" in found
 
 
-@pytest.mark.parametrize(("family", "field"), [("gpt2", "max_position_embeddings"), ("opt", "max_position_embeddings")])
+@pytest.mark.parametrize(
+    ("family", "field"), [("gpt2", "max_position_embeddings"), ("opt", "max_position_embeddings")]
+)
 def test_sequences_longer_than_learned_positions(tmp_path: Path, family: str, field: str) -> None:
     place = source(tmp_path / "src", family, **{field: 24})
     (found,) = problems(recipe(place), tmp_path / "chain")
