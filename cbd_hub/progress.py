@@ -2,7 +2,7 @@
 
 A log file or a pipe gets no bars, which would be thousands of lines there: it gets a line when a stage is finished,
 with what was counted and how long that took. ``HF_HUB_DISABLE_PROGRESS_BARS=1`` and
-``huggingface_hub.utils.disable_progress_bars()`` silence both, but not what :func:`stage_line` says of a decision.
+``huggingface_hub.utils.disable_progress_bars()`` silence both, but not :func:`stage_line`.
 """
 
 import sys
@@ -23,7 +23,7 @@ _GROUP = "cbd_hub"
 def counter(
     description: str, total: int | None = None, *, unit: str = "item", enabled: bool = True
 ) -> Iterator[Callable[[int], object]]:
-    """Within the context, what is given to the yielded function adds up on a progress bar.
+    """Yields a function that advances a progress bar by a number of units.
 
     Args:
         description: Shown before the bar.
@@ -82,6 +82,6 @@ def progress_bar(
 
 
 def stage_line(text: str, enabled: bool = True) -> None:
-    """Writes one line about a stage to standard error, whatever is set about bars: it may tell of a decision."""
+    """Writes one line about a stage to standard error, whatever is set about bars: it may state a decision."""
     if enabled:
         sys.stderr.write(f"{text}\n")

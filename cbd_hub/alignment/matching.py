@@ -90,13 +90,13 @@ class Moments:
 def layer_similarity(small: PreTrainedModel, large: PreTrainedModel, axis_map: AxisMap, blocks: Tensor) -> np.ndarray:
     """Compares what the layers of two models add to the stream, by direction: linear CKA of every pair.
 
-    Layers of different kinds (sliding or full attention) lose 1, so that they are matched only for want of others.
+    Layers of different kinds (sliding or full attention) lose 1, so that they are matched only as a last choice.
 
     Args:
         small: One model.
         large: The other, of the same family.
         axis_map: Its map.
-        blocks: (N, S) token ids, of which :data:`LAYER_TOKENS` are looked at.
+        blocks: (N, S) token ids, of which :data:`LAYER_TOKENS` are read.
 
     Returns:
         float64 (small layers, large layers).

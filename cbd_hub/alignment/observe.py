@@ -1,4 +1,4 @@
-"""Watching a model run: what passes through its modules, and what it is without some layers."""
+"""Hooks on a running model: the inputs and outputs of its modules, and the model with some layers bypassed."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager

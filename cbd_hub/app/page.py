@@ -1,9 +1,9 @@
-"""A page to look at a chain: choose a size, see the plan, build the model, try it beside its anchors, take it along.
+"""The page of a chain: choose a size, see the plan, build the model, try it beside its anchors, download it.
 
 The page is a thin skin: :class:`cbd_hub.app.workbench.Workbench` does the work through
 :class:`cbd_hub.chain.chain.Chain`, and :mod:`cbd_hub.app.page_data` says it in words and pictures. A chain is opened
-when the page is looked at, so one that cannot be read is a message on the page and not the end of it; the same holds
-for every error after that.
+when the page is loaded, so one that cannot be read is a message on the page and does not end it; the same holds for
+every later error.
 
 A token that a visitor types is used for one push and forgotten: gradio's run history is off, its events are no public
 interface, and no text of the page quotes it.
@@ -121,7 +121,7 @@ def _chosen(plan: Plan | None) -> Plan:
 
 
 def _page(gr: Any, bench: Workbench, alone: bool) -> Any:
-    """The page; ``alone`` where nobody but the user of this machine can reach it."""
+    """The page; ``alone`` where only the user of this machine can reach it."""
     bar = gr.Progress(track_tqdm=True)
     with gr.Blocks(title=f"Chain {bench.location.place}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         built = gr.State(None)
@@ -248,7 +248,7 @@ def _page(gr: Any, bench: Workbench, alone: bool) -> Any:
         heavy = {"concurrency_limit": 1, "concurrency_id": "models"}  # one after another: they share the memory
         for event in (page.load, retry.click):
             on(event, show, None, [heading, opening, retry, body, size])
-        raw = {"preprocess": False}  # what is typed beyond the slider's ends is told in the words of the plan
+        raw = {"preprocess": False}  # the plan reports a value typed beyond the slider's ends
         on(size.change, plan_it, size, [curve, planned, planning], trigger_mode="always_last", **raw)
         on(build.click, build_it, size, [built, building, *texts], building, **heavy, **raw)
         for event in (generate.click, prompt.submit):

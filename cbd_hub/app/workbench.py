@@ -107,7 +107,7 @@ class Workbench:
         Args:
             plan: The model's plan.
             repo_id: ``owner/name``.
-            token: The visitor's Hub token; never anybody else's.
+            token: The visitor's own Hub token.
             private: Make the repository private.
 
         Raises:
@@ -116,7 +116,7 @@ class Workbench:
         """
         token = check_token(token)
         repository = Repository(repo_id, token)
-        repository.state()  # a wrong token is told before anything is written
+        repository.state()  # a wrong token fails before anything is written
         message = f"{plan.num_parameters:,} parameters from the chain {self.chain.manifest.name}"
         with tempfile.TemporaryDirectory(prefix="cbd-hub-") as folder:
             write_model(self.chain, plan, folder, repo_id=repo_id)

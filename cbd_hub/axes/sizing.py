@@ -253,7 +253,7 @@ def solve(
 
 
 def gap_free(axis_map: AxisMap, small: Sizes, large: Sizes, tolerance: float = 0.01) -> bool:
-    """Whether every parameter count between two neighbors can be had within the tolerance.
+    """Whether every parameter count between two neighbors is reached within the tolerance.
 
     A layer is the coarsest step there is. With one layer less and everything else at the large end a model must not
     be smaller than with that layer and everything else at the small end, or sizes in between are out of reach.
@@ -275,7 +275,7 @@ def ladder(
     """Returns the sizes of the next smaller anchor: ``target`` parameters, taken from ``large`` in a stated order.
 
     The waypoints are walked until the target lies between two of them; :func:`solve` finds the shape there, among
-    those from which every size up to ``large`` can be had (:func:`gap_free`).
+    those from which every size up to ``large`` is reached (:func:`gap_free`).
 
     Raises:
         SizeError: ``target`` is not below ``large``, or below the last waypoint.

@@ -81,7 +81,7 @@ class BridgeInputs:
     source: PreTrainedModel | None = None
     """In float32; None where it is behind a server."""
     source_tokenizer: Tokenizer | None = None
-    """Its own; None where it is not to be had."""
+    """The source's own; None where there is none."""
     source_revision: str | None = None
     """Commit, tag or branch."""
     document_boundaries: bool = False

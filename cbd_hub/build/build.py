@@ -335,7 +335,7 @@ def build_chain(
 
     Args:
         recipe: Path of a YAML file, a mapping, or a :class:`cbd_hub.build.recipe.Recipe`.
-        output_dir: Folder of the chain. One that holds an unfinished build of the same recipe is gone on with.
+        output_dir: Folder of the chain. An unfinished build of the same recipe in it is resumed.
         resume: False starts over (the folder's earlier build is removed).
         progress: Show progress bars (HF_HUB_DISABLE_PROGRESS_BARS is obeyed).
 
@@ -347,7 +347,7 @@ def build_chain(
     Raises:
         RecipeError: The recipe is malformed or cannot be carried out.
         OutputExistsError: The folder holds something else, or a build of another recipe.
-        SizeError: An anchor's size cannot be had.
+        SizeError: An anchor's size cannot be reached.
         PublishError: The recipe has ``hub:`` and the finished chain could not be published; it is on disk.
     """
     loaded, base = load_recipe(recipe)

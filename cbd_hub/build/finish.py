@@ -62,9 +62,9 @@ def finish_chain(
     if calibration is not None:
         save_calibration(calibration, folder / manifests.CALIBRATION_NAME)
     tokenizer = {name: manifests.file_entry(folder / name) for name in inputs.save_tokenizer(folder)}
-    founded = None
+    bridge = None
     if recipe.bridge is not None:
-        founded = Bridge.model_validate_json((folder / STATE / BRIDGE_RECORD).read_text(encoding="utf-8"))
+        bridge = Bridge.model_validate_json((folder / STATE / BRIDGE_RECORD).read_text(encoding="utf-8"))
     manifest = Manifest(
         format=Manifest.needed_format(anchors),
         name=recipe.name,
@@ -74,7 +74,7 @@ def finish_chain(
         layers_last=recipe.spread.layers_last,
         source=recipe.source.model or recipe.source.served or "trained from scratch",
         source_revision=recipe.source.revision,
-        bridge=founded,
+        bridge=bridge,
         license=recipe.license,
         anchors=anchors,
         tokenizer=tokenizer,

@@ -175,7 +175,7 @@ class Chain:
         """Decides how a model is made, without reading a weight: see :func:`cbd_hub.interpolation.plan.make_plan`.
 
         Raises:
-            SizeError: A size that cannot be had; the message names the range and the nearest size.
+            SizeError: A size that the chain cannot reach; the message names the range and the nearest size.
             IntegrityError: The chain's index files are not what the manifest says.
         """
         return make_plan(self.manifest, self.index_maps, num_parameters, shape, alpha, method, tolerance)
@@ -305,14 +305,14 @@ def from_chain(
         force_download: Fetch again what is cached.
 
     Returns:
-        An ordinary transformers model in eval mode; ``config.cbd_hub`` tells its origin.
+        An ordinary transformers model in eval mode; ``config.cbd_hub`` records its origin.
 
     Warns:
         UserWarning: What ``plan.notes`` says, such as anchors that are not aligned, or a size far from all that were
             measured.
 
     Raises:
-        SizeError: A size that cannot be had; the message names the range and the nearest size.
+        SizeError: A size that the chain cannot reach; the message names the range and the nearest size.
         ChainNotFoundError: No such chain, or no access to it.
         ManifestError: The manifest is malformed or contradicts itself or its anchors.
         IntegrityError: A file is not what the manifest says.

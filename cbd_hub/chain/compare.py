@@ -56,7 +56,7 @@ def evaluate_on_text(
         (equal where the text was cut into the same tokens), of (the element of `models` that it belongs to).
 
     Raises:
-        RecipeError: No text or model is given, or the text is too short.
+        RecipeError: No text or no model, or the text is too short.
         ChainNotFoundError: There is no such model or chain; found before anything is measured.
     """
     if not text:

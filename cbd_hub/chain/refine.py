@@ -102,9 +102,9 @@ def choose(
         progress: Show a progress bar.
 
     Returns:
-        The model, on the CPU and in ``eval()`` mode. Its ``config.cbd_hub["refine"]`` tells the ``candidate`` that was
-        chosen, its ``calibration_loss`` and the ``planned_loss`` in nats a token over ``calibration_tokens``, and the
-        screened losses of all (``compared``).
+        The model, on the CPU and in ``eval()`` mode. Its ``config.cbd_hub["refine"]`` records the chosen
+        ``candidate``, its ``calibration_loss`` and the ``planned_loss`` in nats a token over ``calibration_tokens``,
+        and the screened losses of all (``compared``).
 
     Cost: some ten models are made, one at a time, and evaluated on 4,096 tokens each, two of them on all tokens; a
     refit costs about five passes over 16,384 tokens. Memory: the best model so far, the one that is compared with it

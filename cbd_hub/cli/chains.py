@@ -37,10 +37,10 @@ __all__ = ["build", "check", "fit_curve_command", "from_chain_command", "inspect
 def build(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE.yaml")],
     output: Annotated[Path, typer.Option(help="Folder of the chain.")],
-    no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of going on.")] = False,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Builds a chain from a recipe, or goes on with a build.
+    """Builds a chain from a recipe, or resumes a build.
 
     Example: cbd-hub build examples/recipes/quickstart.yaml --output my-chain
     """

@@ -56,7 +56,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str], scripts: str | 
         references: One for each.
         scripts: None for the rouge-score package; :data:`HUB` or a folder that holds ``rouge/rouge.py`` for
             `evaluate`'s script. **Either is a program that runs here.** Without `evaluate`, or where the Hub's script
-            cannot be had, rouge-score does it and :attr:`Scores.implementation` says so. The numbers are the same.
+            cannot be loaded, rouge-score computes it, as :attr:`Scores.implementation` states. The numbers agree.
 
     Raises:
         RecipeError: No items, not as many of one as of the other, or a folder without the script.

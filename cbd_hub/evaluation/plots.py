@@ -190,8 +190,8 @@ def _plot(panels: Mapping[str, Sequence[Row]], label: str, path: str | Path) -> 
         _draw(axes, panel, arguments, metrics)
         _frame(axes, "parameters", label, title)
     handles = [
-        Line2D([], [], label=told, **_look(index, 0, any(row["of"] == of != row["name"] for row in rows)))
-        for index, (of, told) in enumerate(arguments.items())
+        Line2D([], [], label=short_name, **_look(index, 0, any(row["of"] == of != row["name"] for row in rows)))
+        for index, (of, short_name) in enumerate(arguments.items())
     ]
     if len(metrics) > 1:
         looks = [{**_look(0, style, True), "color": "black"} for style in range(len(metrics))]
@@ -203,20 +203,20 @@ def _plot(panels: Mapping[str, Sequence[Row]], label: str, path: str | Path) -> 
 def _draw(axes: "Axes", rows: Sequence[Row], arguments: Mapping[str, str], metrics: Sequence[str]) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    for index, (of, told) in enumerate(arguments.items()):
+    for index, (of, short_name) in enumerate(arguments.items()):
         for style, metric in enumerate(metrics):
-            own = sorted((row for row in rows if (row["of"], row["metric"]) == (of, metric)), key=_size)
-            chain = any(row["name"] != of for row in own)
-            errors = [row["stderr"] or 0.0 for row in own]
+            measured = sorted((row for row in rows if (row["of"], row["metric"]) == (of, metric)), key=_size)
+            chain = any(row["name"] != of for row in measured)
+            errors = [row["stderr"] or 0.0 for row in measured]
             axes.errorbar(
-                [_size(row) for row in own],
-                [row["value"] for row in own],
+                [_size(row) for row in measured],
+                [row["value"] for row in measured],
                 yerr=errors if any(errors) else None,
                 capsize=3,
                 **_look(index, style, chain),
             )
-            for row in own if not style else ():
-                place, name = ((6, 6), row["name"]) if chain else ((6, -12), told)
+            for row in measured if not style else ():
+                place, name = ((6, 6), row["name"]) if chain else ((6, -12), short_name)
                 axes.annotate(name, (_size(row), row["value"]), place, textcoords="offset points", fontsize="small")
     axes.set_xscale("log")
     few = max(map(_size, rows)) < 4 * min(map(_size, rows))  # then decades alone would leave the axis bare

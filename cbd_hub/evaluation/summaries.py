@@ -1,9 +1,9 @@
 """ROUGE of what a model writes behind prompts, against a reference for each: summaries, translations, answers.
 
 A JSONL file holds the items, a ``prompt`` and a ``reference`` a line; the prompt is put to the model as it is, so it
-ends where the model is to go on ("... TL;DR:"). The model writes greedily until it ends its text or has written
+ends where the model continues ("... TL;DR:"). The model writes greedily until it ends its text or has written
 enough. As in :mod:`cbd_hub.evaluation.tasks`, a prompt that leaves no room in the model's context loses its
-beginning, and how many did is told.
+beginning; the rows count how many did.
 """
 
 import json

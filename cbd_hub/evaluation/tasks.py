@@ -139,7 +139,7 @@ def _harness() -> tuple[Any, Any]:
 @contextmanager
 def _as_it_was(model: PreTrainedModel, shown: bool) -> Iterator[None]:
     """Sets the seeds; leaves mode, random states and the harness's logger as they were; silent where no bars show."""
-    log = logging.getLogger("lm_eval")  # tells of each argument that a ready model leaves unused
+    log = logging.getLogger("lm_eval")  # warns about each argument that a ready model leaves unused
     level, training, states = log.level, model.training, (random.getstate(), np.random.get_state())
     log.setLevel(logging.ERROR)
     try:
@@ -160,7 +160,7 @@ def _as_it_was(model: PreTrainedModel, shown: bool) -> Iterator[None]:
 
 
 def _config(name: str, rows: list[Row]) -> dict[str, Any]:
-    """A task's config with its items as data; `datasets` would tell the Hub of a file that it reads."""
+    """A task's config with its items as data; `datasets` would report a file that it reads to the Hub."""
     config: dict[str, Any] = yaml.safe_load((_FILES / f"{name}.yaml").read_text(encoding="utf-8"))
     (split,) = config.pop("dataset_kwargs")["data_files"]
     data = DatasetDict({split: Dataset.from_list(rows)})

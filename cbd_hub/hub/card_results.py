@@ -142,7 +142,7 @@ def _results(row: Mapping[str, Any], place: str, dataset: str) -> Iterator[EvalR
 
 
 def _key(result: EvalResult) -> tuple[Any, ...]:
-    """What a result is known by; the metric's name tells the anchors of a chain apart."""
+    """The key of a result; the metric's name distinguishes the anchors of a chain."""
     return (*result.unique_identifier, result.dataset_name, result.metric_type, result.metric_name)
 
 

@@ -1,7 +1,7 @@
 """Model cards: from a manifest to the README.md of a chain, of an anchor, or of a model made from a chain.
 
 The text stands in the templates (``cards/*.md.jinja``), each rendered whole; this module prepares what they show. A
-manifest may come from anybody, so nothing of it reaches a card as it is: every value that a template prints is brought
+manifest is not trusted, so nothing of it reaches a card unescaped: every value that a template prints is brought
 to one line and loses its meaning in Markdown, unless a filter of this module made it safe for code. A template that
 names a value which does not exist is an error, not an empty place.
 """
@@ -361,6 +361,6 @@ def _digest(content: str) -> str:
 
 
 def is_generated(content: str) -> bool:
-    """Returns whether a card is as this module wrote it, but for results: nobody loses words if it is rewritten."""
+    """Returns whether a card is as this module wrote it, apart from results: rewriting it loses no text of a user."""
     body, _, mark = content.rpartition("<!--")
     return mark.strip() == f"{_MARK} {_digest(body)} -->"

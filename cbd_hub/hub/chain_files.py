@@ -36,7 +36,7 @@ def checked_file(place: Location, name: str, entry: FileEntry) -> Path:
     """Returns the local path of a file whose size and SHA-256 are what the manifest says.
 
     Raises:
-        ChainNotFoundError: It cannot be had.
+        ChainNotFoundError: There is no such file, or no access to it.
         IntegrityError: It differs.
     """
     try:

@@ -81,7 +81,7 @@ def publish(
 ) -> Published:
     """Publishes a chain.
 
-    Anchors that lie in repositories already, pinned by the manifest, stay where they are. A card that somebody edited,
+    Anchors that lie in repositories already, pinned by the manifest, stay where they are. A card that a user edited,
     here or on the Hub, is not replaced by a generated one. A card that is written again keeps the results that were
     measured of the folder, and those on the Hub for as long as nothing but cards changes there.
 
@@ -204,7 +204,7 @@ def _repository_names(manifest: Manifest, chain: Repository) -> dict[str, str]:
 
 
 def _usable(repository: Repository, private: bool | None) -> State | None:
-    """The state of a repository that may be written to: not somebody's other work, and not public by mistake."""
+    """The state of a repository that may be written to: it holds no other work, and is not public by mistake."""
     whole = Repository(repository.repo_id, repository.token)  # a branch may not be there yet
     state = whole.state()
     if state is None:
@@ -262,7 +262,7 @@ def _upload(
 
 def _same_weights(changed: list[str], files: Mapping[str, Content]) -> bool:
     """Whether what was measured still holds; a chain's manifest changes with every card of an anchor, too."""
-    pins = {manifests.MANIFEST_NAME} if manifests.CHECKSUMS_NAME in files else set()  # else it alone tells of weights
+    pins = {manifests.MANIFEST_NAME} if manifests.CHECKSUMS_NAME in files else set()  # else it alone pins the weights
     return set(changed) <= {CARD} | pins
 
 

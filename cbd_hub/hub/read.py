@@ -147,7 +147,7 @@ def _refusal(repo_id: str, what: str, at: str, error: HfHubHTTPError) -> str:
     if status == 403:
         return f"your token has no permission for {what} of {repo_id}: it needs write access to it ({reason})"
     if status == 412:
-        return f"{repo_id}{at} was changed by somebody else meanwhile; nothing was overwritten: run this again"
+        return f"{repo_id}{at} was changed by another commit meanwhile; nothing was overwritten: run this again"
     if status == 429:
         return f"the Hub limits the rate of requests ({what} of {repo_id}{at}); wait a little and try again"
     if status >= 500:
@@ -273,7 +273,7 @@ class Location:
             PartialFile(path, 0).discard()
             return
         if path.is_symlink() and has_hash(path, path.readlink().name):
-            return  # it is what the Hub has; somebody's manifest says otherwise
+            return  # it is what the Hub has; the manifest is wrong
         while path.is_symlink():  # the snapshot's entry is a link to a blob, that perhaps to a store of several caches
             target = path.parent / path.readlink()
             path.unlink()

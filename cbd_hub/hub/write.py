@@ -1,6 +1,6 @@
 """Writing to the Hugging Face Hub: one repository at a time, one commit at a time, and collections.
 
-A commit names the commit that it was made on top of, so that nobody's work is overwritten unseen, and it holds only
+A commit names its parent, so that no other work is overwritten unseen, and it holds only
 files whose content differs from what is there.
 """
 
@@ -27,7 +27,7 @@ class Content:
 
     source: Path | bytes
     known_sha256: str | None = None
-    """Where somebody has computed it already."""
+    """Where it is known already."""
 
     @cached_property
     def size(self) -> int:

@@ -1,4 +1,4 @@
-"""A model that nobody has trained: a config of any family for a tokenizer, and random weights."""
+"""An untrained model: a config of any family for a tokenizer, and random weights."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -74,7 +74,7 @@ class ServerGenerator:
     def generate(self, prompts: Sequence[str], sampling: Sampling, first: int = 0) -> Iterator[Continuation]:
         """Yields one continuation a prompt, in order, with `parallel` requests under way.
 
-        Greedy text (temperature 0) can be had again; sampled text only from a server that obeys the seed of each
+        Greedy text (temperature 0) is reproducible; sampled text only from a server that obeys the seed of each
         request whatever else it is doing. ``transformers serve`` does not; it samples only where the model's
         ``generation_config`` says ``do_sample``, and some tokenizers lose the space that its text begins with.
 

@@ -184,7 +184,7 @@ def synthesize(
     Args:
         generator: what writes.
         prompts: their numbers, which decide their seeds, are their places here.
-        config: sampling and filters; where its prompts come from is not looked at.
+        config: sampling and filters; the origin of its prompts is ignored.
         folder: the cache; it can hold the text of many runs.
         progress: show a bar of texts.
 

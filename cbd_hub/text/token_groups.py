@@ -29,8 +29,8 @@ class TokenAligner:
     """Reads a student's packed blocks with the teacher's tokenizer and finds the groups. Can be pickled.
 
     Special tokens of the student cut a row into segments. Where one stands the teacher gets its own: the one that
-    begins a text for the one that begins a text, and else the one that ends a text (either for want of the other). In
-    front of a row it gets the one that begins a text if its tokenizer puts one there by itself. A block starts and
+    begins a text for the one that begins a text, and else the one that ends a text (either where the other is
+    missing). In front of a row it gets the one that begins a text if its tokenizer adds one itself. A block starts and
     ends anywhere, so the bytes at its ends that are no whole character are trimmed.
 
     A segment whose text the teacher's tokenizer alters (Unicode normalization, a byte it cannot spell, text that
@@ -66,7 +66,7 @@ class TokenAligner:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What was found and left out so far, in this process (a data loader's workers count for themselves).
+        """Counts of the groups and of what was left out so far, in this process (each data loader worker has its own).
 
         ``tokens``, ``groups``, ``one_to_one`` (groups of one token on both sides), ``long_groups`` (left out),
         ``segments``, ``skipped_segments`` and ``trimmed_bytes``.

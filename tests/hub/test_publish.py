@@ -411,7 +411,7 @@ def test_somebody_else_pushes_meanwhile(hub: HubServer, client: Client, folder: 
     hub.inject(Fault.call(meddle, after=False, drop=False), path="org/demo/commit/")
     done = push(client, folder)
     assert done.status == 1
-    assert "org/demo was changed by somebody else meanwhile; nothing was overwritten: run this again" in done.out
+    assert "org/demo was changed by another commit meanwhile; nothing was overwritten: run this again" in done.out
     assert load(client, tmp_path / "cache")[0] == old
     assert push(client, folder).status == 0
     assert load(client, tmp_path / "new")[0] == digest(folder)

@@ -88,7 +88,7 @@ it.commit(files_of(a=b"1"), "first", state=state)
 print(json.dumps(attempt(lambda: it.commit(files_of(a=b"2"), "late", state=state).sha)))
 """
     said = run(client, code)
-    assert "org/x was changed by somebody else meanwhile; nothing was overwritten: run this again" in str(said)
+    assert "org/x was changed by another commit meanwhile; nothing was overwritten: run this again" in str(said)
     assert hub.files("org/x")["a"] == b"1"
 
 
