@@ -13,6 +13,7 @@ import torch
 from hub_client import Client
 from hub_server import Fault, HubServer
 from make_chain import edit_manifest, make_chain, variant_model
+from transformers import AutoConfig
 
 from cbd_hub.chain.chain import Chain, from_chain
 from cbd_hub.errors import ChainNotFoundError
@@ -47,6 +48,26 @@ def test_a_folder(chain: Path) -> None:
     assert location.pinned(chain / MANIFEST_NAME) is location
     with pytest.raises(ChainNotFoundError, match=f"there is no anchors/a9/config.json in {chain}"):
         location.inside("anchors/a9").file("config.json")
+
+
+def test_a_location_is_made_of_a_path_and_stays_one(chain: Path) -> None:
+    location = Location(str(chain), revision="v1", cache_dir="elsewhere")
+    assert Location.of(location) is location
+    assert Location.of(chain) == Location.of(str(chain)) == Location(str(chain))
+
+
+def test_transformers_loads_what_a_location_names(chain: Path, tmp_path: Path) -> None:
+    """Revision, subfolder, cache and offline mode all reach transformers: only the second commit is there to load."""
+    for commit, model_type in ((COMMIT, None), (OTHER, "llama")):
+        snapshot = cache(tmp_path, "org/m", commit, chain, branch=f"branch-{commit[0]}")
+        if model_type is None:
+            (snapshot / "anchors" / "a0" / "config.json").write_text("{}")
+    location = Location("org/m", "branch-f", "anchors/a0", cache_dir=str(tmp_path), local_files_only=True)
+    config = AutoConfig.from_pretrained(location.place, **location.options)
+    assert config.model_type == "llama"
+    with pytest.raises((OSError, ValueError)):
+        AutoConfig.from_pretrained(location.place, **{**location.options, "revision": "branch-0"})
+    assert Location.of(chain).inside("anchors/a0").options["subfolder"] == "anchors/a0"
 
 
 def test_home_and_relative_paths(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
