@@ -355,7 +355,11 @@ def build_chain(
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / STATE).is_dir())):
         raise OutputExistsError(f"{output} exists and holds no build; name a new folder (nothing was changed)")
     with locked_folder(output, "start this one") if PartialState().is_main_process else nullcontext():
-        return _build_chain(loaded, base, output, resume, progress)
+        chain = _build_chain(loaded, base, output, resume, progress)
+    if PartialState().is_main_process and (hub := loaded.hub):  # outside of the lock, which publishing takes itself
+        chain.push_to_hub(hub.repo_id, hub.private, license=hub.license, progress=progress)
+    PartialState().wait_for_everyone()
+    return chain
 
 
 def _build_chain(loaded: Recipe, base: Path, output: Path, resume: bool, progress: bool) -> Chain:
@@ -379,8 +383,5 @@ def _build_chain(loaded: Recipe, base: Path, output: Path, resume: bool, progres
     if PartialState().is_main_process:
         finish_chain(build.inputs, output, anchors, maps, basis, progress)
         shutil.rmtree(build.state / "work", ignore_errors=True)
-        if hub := loaded.hub:
-            chain = Chain.from_pretrained(output)
-            chain.push_to_hub(hub.repo_id, hub.private, license=hub.license, progress=progress)
     PartialState().wait_for_everyone()
     return Chain.from_pretrained(output)
