@@ -27,13 +27,14 @@ def main(recipe: Path, output: Path) -> None:
     chain = build_chain(recipe, output / "chain")
     test = BuildInputs(*load_recipe(recipe)).text.test
     counts = [anchor.num_parameters for anchor in chain.anchors]
-    rows, ways = [], ("interpolate", "prune", "paper")
+    rows, ways = [], ("bezier", "interpolate", "prune", "paper")
     for pair, position in ((1, 0.5), (0, 0.4), (0, 0.75)):
         size = round(counts[pair + 1] + position * (counts[pair] - counts[pair + 1]))
-        plans = {way: chain.plan(size, method=way) for way in ways}
+        bent = chain.manifest.anchors[pair + 1].bent  # a control point is kept only where it helps
+        plans = {way: chain.plan(size, method=way if bent or way != "bezier" else "auto") for way in ways}
         models = {way: chain.initialize(plan, progress=False) for way, plan in plans.items()}
         torch.manual_seed(0)
-        models["random init"] = AutoModelForCausalLM.from_config(models["interpolate"].config)
+        models["random init"] = AutoModelForCausalLM.from_config(models["bezier"].config)
         losses = {way: evaluate_loss(model, test).loss for way, model in models.items()}
         losses["small anchor"] = next(
             a for a in chain.manifest.anchors if a.name == plans["prune"].small
@@ -44,7 +45,7 @@ def main(recipe: Path, output: Path) -> None:
     same = all(torch.equal(a, b) for a, b in zip(exact.parameters(), reference.parameters(), strict=True))
     show(chain, rows)
     print(f"At an anchor's own size the model is that anchor, bit for bit: {same}")
-    sample(chain, models["interpolate"])
+    sample(chain, models["bezier"])
     series = {way: [(row["num_parameters"], row[way]) for row in rows] for way in ways}
     anchors = [(a.name, a.num_parameters, a.evaluation.loss) for a in chain.manifest.anchors]
     plot_size_loss(series, anchors, output / "size_loss.png", "Held-out loss of models from one chain, by size")
@@ -56,7 +57,7 @@ def main(recipe: Path, output: Path) -> None:
 
 def show(chain: Chain, rows: list[dict[str, float]]) -> None:
     """Prints losses (nats a token) and perplexities on text that took no part in training or selection."""
-    names = ["interpolate", "random init", "small anchor", "prune", "paper"]
+    names = ["bezier", "interpolate", "random init", "small anchor", "prune", "paper"]
     table = Table("parameters", *names, title="Held-out loss in nats a token (perplexity)")
     for row in rows:
         cells = [f"{row[n]:.3f} ({torch.tensor(row[n]).exp():.1f})" for n in names]

@@ -133,7 +133,9 @@ def _fit(
     models = [chain.initialize(chain.plan(shape=a.shape), dtype=torch.float32, progress=False) for a in (large, small)]
     sizes = manifest.sizes(small), manifest.sizes(large)
     pair = Pair(manifest.resolved_axis_map, *sizes, chain.index_maps[small.name])
-    curve = curve_to_train(models[1], models[0], pair, config, manifest.layers_last)
+    length = 1 if inputs.recipe.data is None else inputs.recipe.data.sequence_length
+    step = config.batch_size * config.gradient_accumulation * length * PartialState().num_processes
+    curve = curve_to_train(models[1], models[0], pair, config, manifest.layers_last, step)
     if curve is None or inputs.text is None or inputs.validation is None:
         return small
     index_map, work = pair.index_map, folder / STATE / "work"

@@ -13,7 +13,7 @@ from cbd_hub.interpolation.pair import Pair
 from cbd_hub.losses.heads import kept_hidden
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.text.documents import Documents
-from cbd_hub.training.curve import Curve, curve_points
+from cbd_hub.training.curve import Curve, curve_learning_rate, curve_points
 from cbd_hub.training.settings import AnchorDistillation
 
 __all__ = ["curve_to_train", "cut_student", "refit_if_better"]
@@ -78,6 +78,7 @@ def curve_to_train(
     pair: Pair,
     config: AnchorDistillation,
     layers_last: bool = True,
+    step_tokens: int = 4096,
 ) -> Curve | None:
     """Returns the curve to train along with an anchor; None where none is wanted, or no size lies between the two.
 
@@ -87,6 +88,7 @@ def curve_to_train(
         pair: Their sizes and correspondence.
         config: How the anchor is trained.
         layers_last: How the chain solves sizes in between.
+        step_tokens: Tokens of an optimizer step.
 
     Raises:
         RecipeError: The rank is above what the matrices allow.
@@ -101,7 +103,7 @@ def curve_to_train(
         student,
         pair,
         control.rank,
-        learning_rate=control.learning_rate,
+        learning_rate=control.learning_rate or curve_learning_rate(pair.large["hidden"], tokens / step_tokens),
         tokens=tokens,
         together=control.together and config.tokens > 0,
         points=points,

@@ -6,8 +6,10 @@ recorded, and never leaves bytes that only look fetched. Several processes may f
 turns.
 """
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -16,8 +18,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from cbd_hub.interpolation.ranges import Run, merge, subtract
+from cbd_hub.manifest.manifest import file_entry
 
-__all__ = ["PartialFile"]
+__all__ = ["PartialFile", "has_hash"]
+
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 PART = 8 << 20
 """Most bytes of one request."""
@@ -142,3 +147,18 @@ def _write(handle: int, data: bytes, start: int) -> None:
     while view:
         count = os.pwrite(handle, view, start)
         view, start = view[count:], start + count
+
+
+def has_hash(content: Path | bytes, name: str) -> bool:
+    """Whether content has the hash that the Hub knows it by: SHA-256 (64 digits) or git's blob hash (40).
+
+    A name that is neither says nothing, and is true of everything. Cost: reads the content once.
+    """
+    if not _HASH.fullmatch(name):
+        return True
+    if len(name) == 64 and isinstance(content, Path):
+        return file_entry(content).sha256 == name
+    data = content if isinstance(content, bytes) else content.read_bytes()  # what git keeps itself is small
+    if len(name) == 64:
+        return hashlib.sha256(data).hexdigest() == name
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == name

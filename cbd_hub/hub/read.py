@@ -6,15 +6,15 @@ paths: whole files through the Hub's own cache, byte ranges of a large file thro
 """
 
 import errno
-import hashlib
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from huggingface_hub import (
@@ -41,18 +41,21 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
 
 from cbd_hub.errors import CbdError, ChainNotFoundError, IntegrityError, PublishError
-from cbd_hub.hub.partial_files import PartialFile
+from cbd_hub.hub.partial_files import PartialFile, has_hash
 from cbd_hub.interpolation.ranges import Run, count_bytes
-from cbd_hub.manifest.manifest import file_entry
 from cbd_hub.progress import counter
 
-__all__ = ["LIBRARY", "Location", "NoRangesError", "RangedFile", "clear_errors", "has_hash"]
+__all__ = ["LIBRARY", "Location", "NoRangesError", "RangedFile", "clear_errors"]
+
+T = TypeVar("T")
+
+_HICCUPS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_WAITS, _LONGEST_WAIT = (0.5, 1.0, 2.0, 4.0), 30.0  # seconds before each further try; the most a server can ask for
 
 LIBRARY: dict[str, Any] = {"library_name": "cbd_hub", "library_version": version("cbd_hub")}
 """Told to the Hub, which counts downloads by library."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class NoRangesError(CbdError, RuntimeError):
@@ -118,21 +121,6 @@ def clear_errors(repo_id: str, what: str, revision: str | None = None, *, writin
         if error.errno is not None:  # the system's own: a folder that cannot be written, say
             raise
         raise kind(f"{what} of {repo_id}{at} could not be fetched: {_first_line(error)}") from None
-
-
-def has_hash(content: Path | bytes, name: str) -> bool:
-    """Whether content has the hash that the Hub knows it by: SHA-256 (64 digits) or git's blob hash (40).
-
-    A name that is neither says nothing, and is true of everything. Cost: reads the content once.
-    """
-    if not _HASH.fullmatch(name):
-        return True
-    if len(name) == 64 and isinstance(content, Path):
-        return file_entry(content).sha256 == name
-    data = content if isinstance(content, bytes) else content.read_bytes()  # what git keeps itself is small
-    if len(name) == 64:
-        return hashlib.sha256(data).hexdigest() == name
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == name
 
 
 def _first_line(error: Exception) -> str:
@@ -214,7 +202,7 @@ class Location:
         if self.place.startswith((".", "/", "~")) or self.place.count("/") > 1:
             raise ChainNotFoundError(f"there is no folder {self.place!r}")
         with clear_errors(self.place, filename, self.revision):
-            return Path(hf_hub_download(self.place, name, **self.options, **LIBRARY))
+            return Path(_again(lambda: hf_hub_download(self.place, name, **self.options, **LIBRARY)))
 
     def names(self) -> list[str]:
         """Returns the names of all files that are here, sorted; offline those of the cached snapshot alone.
@@ -228,7 +216,8 @@ class Location:
         before = f"{self.subfolder}/" if self.subfolder else ""
         if not (self.local_files_only or constants.HF_HUB_OFFLINE):
             with clear_errors(self.place, "its files", self.revision):
-                listed = HfApi(token=self.token, **LIBRARY).list_repo_files(self.place, revision=self.revision)
+                api = HfApi(token=self.token, **LIBRARY)
+                listed = _again(lambda: api.list_repo_files(self.place, revision=self.revision))
             return sorted(name.removeprefix(before) for name in listed if name.startswith(before))
         known = self.cached("config.json") or self.cached("tokenizer_config.json")
         root = known.parent if known is not None else Path()
@@ -365,6 +354,34 @@ class RangedFile:
         if urlsplit(metadata.location).netloc != urlsplit(url).netloc:  # a signed address: the token stays here
             headers.pop("authorization", None)
         return metadata.location, headers
+
+
+def _again(call: Callable[[], T]) -> T:
+    """Returns what a call returns; a hiccup of the Hub or the network is waited out, a few times.
+
+    The client retries the bytes of a download by itself, but not the question that comes before them.
+    """
+    for wait in _WAITS:
+        try:
+            return call()
+        except (HTTPError, OSError) as error:
+            if (after := _passing(error)) is None:
+                raise
+            time.sleep(min(after or wait, _LONGEST_WAIT))
+    return call()
+
+
+def _passing(error: BaseException | None) -> float | None:
+    """For how many seconds the server asked to wait (0: not said); None for an error that will be there again."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None and response.status_code in _HICCUPS:
+            after = response.headers.get("Retry-After", "")
+            return float(after) if after.isdigit() else 0.0
+        if isinstance(error, HTTPError) and response is None:  # a connection that broke, or none at all
+            return 0.0
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _get_range(url: str, headers: dict[str, str], size: int, start: int, stop: int) -> bytes:

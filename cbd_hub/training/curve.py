@@ -33,7 +33,16 @@ from cbd_hub.manifest.manifest import CONTROL_POINTS_NAME, file_entry
 from cbd_hub.manifest.records import ControlPoint
 from cbd_hub.text.documents import Documents
 
-__all__ = ["MIDDLE", "POSITIONS", "Curve", "Point", "curve_points", "is_better", "save_control_point"]
+__all__ = [
+    "MIDDLE",
+    "POSITIONS",
+    "Curve",
+    "Point",
+    "curve_learning_rate",
+    "curve_points",
+    "is_better",
+    "save_control_point",
+]
 
 POSITIONS = (0.25, 0.5, 0.75)
 """Where the curve is compared with the straight line before it is kept."""
@@ -55,6 +64,19 @@ class Point:
     operations: tuple[TensorOp, ...]
     straight: tuple[TensorOp, ...]
     """The same on the straight line."""
+
+
+def curve_learning_rate(hidden: int, steps: float) -> float:
+    """Returns a peak learning rate for a control point.
+
+    2e-3 was best for 393 steps at a width of 576, 1e-2 for 98 steps at a width of 96 (of 2e-3, 5e-3, 1e-2 and 2e-2):
+    with the square roots of both ratios, and bounds.
+
+    Args:
+        hidden: Width of the large anchor.
+        steps: Optimizer steps on the curve.
+    """
+    return 2e-3 * min(max((400 / max(steps, 1)) ** 0.5, 1.0), 4.0) * min(max((576 / hidden) ** 0.5, 0.5), 4.0)
 
 
 def curve_points(pair: Pair, layers_last: bool = True) -> list[Point]:

@@ -76,8 +76,9 @@ class ControlPointConfig(Settings):
     7.5 % of the larger neighbor."""
     tokens: TokenCount | None = None
     """Training tokens on the curve, on top of the anchor's; null takes as many as the anchor's."""
-    learning_rate: float = Field(default=2e-3, gt=0)
-    """Peak learning rate of the control point; the anchor keeps its own."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the control point; the anchor keeps its own. null takes 2e-3, more where there are few
+    steps or narrow models."""
     together: bool = True
     """Train the anchor in the steps on the curve as well; false leaves it as it is."""
 

@@ -1,5 +1,6 @@
 """Where files come from: a folder, the Hub's cache (laid out by hand), a real server, or a clear refusal."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -310,3 +311,19 @@ def test_downloads_are_counted_for_the_library(hub: HubServer, client: Client, t
     assert [r for r in hub.requests if r.method == "GET" and r.path.endswith("config.json")]
     code = "from cbd_hub.hub.read import LIBRARY\nprint(json.dumps(LIBRARY))"
     assert client.run(code).value == {"library_name": "cbd_hub", "library_version": version("cbd_hub")}
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault.status(503), Fault.status(429, retry_after=0), Fault.status(500), Fault.drop()], ids=str
+)
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_one_hiccup_of_a_whole_file_is_waited_out(
+    hub: HubServer, client: Client, tmp_path: Path, method: str, fault: Fault
+) -> None:
+    hub.clear()
+    hub.inject(copy.copy(fault), method=method, path="chain.json")
+    try:
+        assert said(client, tmp_path).startswith("opened")
+        assert hub.faults_hit == 1
+    finally:
+        hub.clear()

@@ -1,6 +1,9 @@
 """The curve while it is trained: exact gradients, the same model as the chain's, and what training does to it."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from make_chain import random_index_map, variant_model
+from safetensors.torch import load_file
 from tiny_models import VARIANTS
 from torch import Tensor, nn
 from trained import text, trained_model
@@ -19,7 +23,7 @@ from cbd_hub.axes.sizing import Sizes
 from cbd_hub.errors import RecipeError
 from cbd_hub.interpolation.materialize import cut
 from cbd_hub.interpolation.pair import Pair
-from cbd_hub.training.curve import MIDDLE, Curve, curve_points, is_better
+from cbd_hub.training.curve import MIDDLE, Curve, curve_learning_rate, curve_points, is_better
 from cbd_hub.training.distill import distill
 from cbd_hub.training.settings import DistillationConfig
 
@@ -230,3 +234,24 @@ def test_no_part_of_it_stays_in_the_student(large: PreTrainedModel, tmp_path: Pa
     train(curve, tmp_path, 512)
     assert list(curve.small.state_dict()) == names
     assert isinstance(curve.control, nn.Module)
+
+
+def test_learning_rates_fall_with_steps_and_width() -> None:
+    assert curve_learning_rate(576, 393) == pytest.approx(2e-3, rel=0.02)
+    assert curve_learning_rate(96, 98) == pytest.approx(1e-2, rel=0.02)
+    assert curve_learning_rate(576, 10**6) == 2e-3
+    assert curve_learning_rate(4096, 10**6) == 1e-3 < curve_learning_rate(4096, 1) == 4e-3
+
+
+def test_two_processes_train_one_curve(tmp_path: Path) -> None:
+    """Under DDP every process draws the same point, and all end with the same control point and anchor."""
+    script = Path(__file__).parents[1] / "launched_curve.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    env = {**os.environ, "PYTHONPATH": f"{script.parent}:{script.parents[1]}", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "two")], env=env, check=True, capture_output=True)
+    subprocess.run([sys.executable, str(script), str(tmp_path / "one")], env=env, check=True, capture_output=True)
+    first, second, alone = (load_file(tmp_path / name) for name in ("two-0.st", "two-1.st", "one-0.st"))
+    assert first.keys() == alone.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name])
+        torch.testing.assert_close(value, alone[name], rtol=0, atol=2e-4)
