@@ -21,7 +21,10 @@ from cbd_hub.axes.grammar import Layout, product
 from cbd_hub.axes.sizing import Sizes
 from cbd_hub.errors import RecipeError
 
-__all__ = ["Statistics", "collect", "token_energy"]
+__all__ = ["Statistics", "collect", "from_weights", "token_energy"]
+
+_DEEP_MIDDLE = 0.7
+"""Relative depth around which layers are dropped when there is no text to measure them with."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Statistics:
     energy: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Norm gain → :attr:`cbd_hub.manifest.manifest.IndexMap.energy`, float64, for every norm over the hidden units."""
     num_tokens: int = 0
-    """Tokens that were seen."""
+    """Tokens that were seen; 0 where only weights were looked at."""
 
 
 def token_energy(x: Tensor, center: bool = False) -> Tensor:
@@ -134,6 +137,46 @@ def collect(
         energy=energy,
         num_tokens=num_tokens,
     )
+
+
+def from_weights(state_dict: Mapping[str, Tensor], axis_map: AxisMap, sizes: Sizes) -> Statistics:
+    """Estimates importance without data: the product of a unit's weight norms over the matrices that it occurs in.
+
+    Hidden units score (share in what is written) x (share in what is read), every tensor an equal vote. Layers
+    score by position alone: those around 70 % of the depth go first, the first two and the last two last. This is a
+    last resort: on a trained 0.85M model it chose ffn units worse than chance, activations far better than chance.
+
+    Args:
+        state_dict: A model's tensors by parameter name; ``axis_map`` and ``sizes`` are its own.
+
+    Cost: one pass over the weights.
+    """
+    num_layers, hidden = sizes["layers"], sizes["hidden"]
+    units = {axis: np.ones((num_layers, sizes[axis])) for axis in _unit_axes(axis_map)}
+    written, read = np.zeros(hidden), np.zeros(hidden)
+    for name, pattern, layer in axis_map.names(sizes):
+        layout = axis_map.layout(pattern)
+        if len(layout.dims) != 2:
+            continue
+        square = state_dict[name].detach().double().square()
+        for dim in (0, 1):
+            along = square.sum(1 - dim).cpu().numpy()
+            for axis in {factor for part in layout.dims[dim] for factor in part if factor in units}:
+                units[axis][layer] *= np.sqrt(_per_unit(along[None], layout, dim, axis, sizes)[0])
+            if layout.dims[dim] == (("hidden",),):
+                readers = [g for g in axis_map.norms if pattern in axis_map.readers(g)]
+                share = along / max(along.sum(), np.finfo(float).tiny)
+                if axis_map.writes(pattern):
+                    written += share
+                if readers or not axis_map.writes(pattern):
+                    for gain_pattern in readers:
+                        gain = state_dict[gain_pattern.replace("*", str(layer))].detach().double().cpu().numpy()
+                        share = share * (gain + (axis_map.norm == "rms+1")) ** 2
+                    read += share
+    depth = np.arange(num_layers)
+    layers = np.abs(depth - _DEEP_MIDDLE * (num_layers - 1))
+    layers[(depth < 2) | (depth >= num_layers - 2)] += num_layers
+    return Statistics(units=units, hidden=written * read, layers=layers)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

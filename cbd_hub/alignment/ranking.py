@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cbd_hub.alignment.importance import collect
+from cbd_hub.alignment.importance import collect, from_weights
 from cbd_hub.alignment.observe import bypass_layers
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
@@ -36,7 +36,7 @@ def rank(
     axis_map: AxisMap,
     large: Sizes,
     small: Sizes,
-    blocks: Tensor,
+    blocks: Tensor | None,
     prefix_hidden: bool = False,
     progress: bool = False,
 ) -> IndexMap:
@@ -50,7 +50,8 @@ def rank(
     Args:
         model: The larger model; ``axis_map`` is its own and ``large`` its sizes.
         small: Sizes of the smaller neighbor; axes that do not differ get no order.
-        blocks: (N, S) token ids to calibrate on, which must be no test text.
+        blocks: (N, S) token ids to calibrate on, which must be no test text; None to look at the weights alone, which
+            chooses much worse.
         prefix_hidden: The hidden units are in order already (see :mod:`cbd_hub.alignment.basis`).
         progress: Show progress bars.
 
@@ -72,7 +73,10 @@ def rank(
             f"axis {wrong[0]!r} is {large[wrong[0]]} and cannot become {small[wrong[0]]}: a smaller neighbor keeps "
             f"{', '.join(axis_map.frozen)} and has at least one and at most as many units on every other axis"
         )
-    statistics = collect(model, axis_map, large, blocks)
+    if blocks is None:
+        statistics = from_weights(model.state_dict(), axis_map, large)
+    else:
+        statistics = collect(model, axis_map, large, blocks)
     orders, energy = {}, {}
     for axis in differing:
         if axis == "hidden":
@@ -90,7 +94,7 @@ def rank(
 
 
 def _order_layers(
-    model: PreTrainedModel, axis_map: AxisMap, angles: np.ndarray, keep: int, blocks: Tensor, progress: bool
+    model: PreTrainedModel, axis_map: AxisMap, angles: np.ndarray, keep: int, blocks: Tensor | None, progress: bool
 ) -> np.ndarray:
     """The kept layers, ascending, then the dropped ones, the one that costs most to leave out first.
 
@@ -100,19 +104,22 @@ def _order_layers(
     count, middle = num_layers - keep, _droppable(num_layers, num_layers - keep)
     losses: dict[tuple[int, ...], float] = {}
 
-    def measure(sets: Sequence[tuple[int, ...]], label: str) -> None:
-        for dropped in progress_bar(sets, label, unit="set", enabled=progress):
-            with bypass_layers(model, axis_map, dropped):
-                losses[dropped] = evaluate_loss(model, blocks, max_tokens=CALIBRATION_TOKENS).loss
+    straightest = _lowest(middle, angles, angles, count)
+    cost, candidates = angles, [straightest]
+    if blocks is not None:
 
-    measure([(i,) for i in _lowest(middle, angles, angles, MAX_SINGLE_DROPS)], "layers one by one")
-    cost = np.array([losses.get((i,), np.inf) for i in range(num_layers)])
-    spans = [tuple(middle[i : i + count]) for i in range(len(middle) - count + 1)]
-    spans.sort(key=lambda span: (angles[list(span)].sum(), span))
-    cheapest, straightest = _lowest(middle, cost, angles, count), _lowest(middle, angles, angles, count)
-    candidates = list(dict.fromkeys([cheapest, straightest, *spans]))
-    new = [dropped for dropped in candidates if dropped not in losses]
-    measure(new[: MAX_EVALUATIONS - len(losses)], "sets of layers")
+        def measure(sets: Sequence[tuple[int, ...]], label: str) -> None:
+            for dropped in progress_bar(sets, label, unit="set", enabled=progress):
+                with bypass_layers(model, axis_map, dropped):
+                    losses[dropped] = evaluate_loss(model, blocks, max_tokens=CALIBRATION_TOKENS).loss
+
+        measure([(i,) for i in _lowest(middle, angles, angles, MAX_SINGLE_DROPS)], "layers one by one")
+        cost = np.array([losses.get((i,), np.inf) for i in range(num_layers)])
+        spans = [tuple(middle[i : i + count]) for i in range(len(middle) - count + 1)]
+        spans.sort(key=lambda span: (angles[list(span)].sum(), span))
+        candidates = list(dict.fromkeys([_lowest(middle, cost, angles, count), straightest, *spans]))
+        new = [dropped for dropped in candidates if dropped not in losses]
+        measure(new[: MAX_EVALUATIONS - len(losses)], "sets of layers")
     best = min(candidates, key=lambda dropped: losses.get(dropped, np.inf))
     dropped_layers = sorted(best, key=lambda i: (-cost[i], -angles[i], i))
     return np.array([i for i in range(num_layers) if i not in best] + dropped_layers, dtype=np.int64)

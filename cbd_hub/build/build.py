@@ -199,8 +199,7 @@ class _Build:
             saved = json.loads(record.read_text(encoding="utf-8"))
             if saved["fingerprint"] == fingerprint:
                 return read_index_map(saved["layers"], maps)
-        if (blocks := self.inputs.calibration()) is None:
-            raise RecipeError("units are ranked by their activations on text: give `data` and calibration_tokens")
+        blocks = self.inputs.calibration()
         index_map = rank(teacher, axis_map, large, small, blocks, basis == "pca", self.progress)
         if PartialState().is_main_process:
             record.unlink(missing_ok=True)  # it never stands beside maps that are not its own

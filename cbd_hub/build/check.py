@@ -138,6 +138,11 @@ def check_inputs(inputs: BuildInputs, output: Path) -> BuildPlan:
         )
         anchors.append(PlannedAnchor(count, axis_map.config_fields(sizes), tokens, 1.0))
         seconds = 6.0 * count * tokens
+    if (recipe.data is None or not recipe.calibration_tokens) and any(spec.init is None for spec in recipe.anchors):
+        warnings.append(
+            "without text, units are ranked by their weights alone, and on a trained model that chose worse than "
+            "chance; give `data`, even where nothing is trained"
+        )
     large_config = config
     for spec in recipe.anchors if anchors else ():
         with noted:

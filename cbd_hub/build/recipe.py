@@ -167,7 +167,7 @@ class Recipe(Settings):
     tokenizer: str | TrainTokenizer | None = None
     """A folder, a repo id, or ``{vocab_size: N}`` to train one; None takes the source model's."""
     data: DataConfig | None = None
-    """The text; None only where nothing is trained and every anchor has ``init``."""
+    """The text; None only where nothing is trained."""
     anchors: list[Annotated[AnchorSpec, BeforeValidator(_read_anchor)]] = Field(min_length=1)
     """From large to small; an item may be a bare fraction or parameter count."""
     bridge: BridgeSetting | None = None
@@ -176,7 +176,7 @@ class Recipe(Settings):
     distillation: AnchorDistillation = AnchorDistillation()
     """How every anchor is trained."""
     calibration_tokens: int = Field(default=16_384, ge=0)
-    """Validation tokens that importance and basis are measured on; 0 only where every anchor has ``init``."""
+    """Validation tokens that importance and basis are measured on; 0 ranks by weights alone, which is much worse."""
     spread: Spread = Spread()
     """Which axes shrink first."""
     refit: bool = True
@@ -224,13 +224,6 @@ class Recipe(Settings):
         )
         if trains and self.data is None:
             raise ValueError("`data` is missing: give it text, or set distillation.tokens to 0 to train nothing")
-        if (self.data is None or not self.calibration_tokens) and any(a.init is None for a in self.anchors):
-            missing = "`data` is missing" if self.data is None else "calibration_tokens is 0"
-            raise ValueError(
-                f"{missing}, and an anchor is cut from its neighbor: its units are ranked by their activations on "
-                "text (by weights alone the choice was worse than chance); give `data` and leave calibration_tokens "
-                "at 16384, or start the anchor from a checkpoint with `init`"
-            )
         if self.source.train is not None and self.tokenizer is None:
             raise ValueError(
                 "`tokenizer` is missing: a source trained from scratch needs one, e.g. {vocab_size: 4096}"

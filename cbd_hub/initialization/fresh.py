@@ -42,7 +42,7 @@ def fresh_config(
         config = AutoConfig.for_model(architecture, **values)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise RecipeError(f"{key} is no {architecture} config: {error}") from error
-    declared = type(config)().to_dict()
+    declared = {**type(config)().to_dict(), **type(config).attribute_map}
     if unknown := [name for name in fields if name not in declared and not hasattr(type(config), name)]:
         raise RecipeError(
             f"{key} has {unknown[0]!r}, which is no field of a {architecture} config."

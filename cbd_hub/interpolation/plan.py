@@ -270,7 +270,7 @@ def _pair_for_shape(
         if name not in axis_map.fields:
             hint = did_you_mean(str(name), axis_map.fields)
             raise SizeError(f"shape has no field {name!r}; allowed: {', '.join(axis_map.fields)}.{hint}")
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise SizeError(f"shape field {name!r} is {value!r}; expected a positive integer")
     pairs = list(zip(manifest.anchors[1:], manifest.anchors, strict=False)) or [(manifest.anchors[0],) * 2]
     problems = []
