@@ -30,6 +30,7 @@ ROOMS = [
     "app",
     "build",
     "cli",
+    "sizing",  # the path that README once printed
     "__main__",
 ]
 

@@ -312,9 +312,7 @@ def _as_begun(recipe: Recipe, state: Path) -> Recipe:
 
 
 def _all_of(problems: list[str]) -> str:
-    """One problem as it is; several with their numbers."""
-    if len(problems) == 1:
-        return problems[0]
+    """Problems with their numbers."""
     return f"{len(problems)} things stop this build: " + "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
 
 
@@ -369,6 +367,8 @@ def _build_chain(loaded: Recipe, base: Path, output: Path, resume: bool, progres
     PartialState().wait_for_everyone()
     build = _Build(_as_begun(loaded, output / STATE), base, output, progress)
     plan = check_inputs(build.inputs, output)
+    if len(plan.problems) == len(plan.errors) == 1:
+        raise plan.errors[0]
     if plan.problems:
         raise RecipeError(_all_of(plan.problems))
     for warning in plan.warnings:

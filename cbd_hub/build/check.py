@@ -4,7 +4,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, ladder
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import AnchorSpec, Recipe, load_recipe
-from cbd_hub.errors import CbdError, RecipeError
+from cbd_hub.errors import CbdError, IntegrityError, RecipeError
 from cbd_hub.initialization.fresh import fresh_config
 from cbd_hub.interpolation.checkpoints import Checkpoint, find_files
 from cbd_hub.interpolation.control_points import choose_rank
@@ -58,13 +59,14 @@ class BuildPlan:
     """Peak bytes, beside the libraries' own: the larger neighbor, and the anchor with its optimizer."""
     disk: int = 0
     """Bytes that the chain and the build's records will take."""
+    errors: list[CbdError] = field(default_factory=list, repr=False, compare=False)
+    """The problems as they were raised."""
     seconds: float | None = None
     """Training time on this machine, from the speed of one matrix product; None where nothing is trained."""
-    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain JSON values."""
-        return asdict(self)
+        return {name: value for name, value in asdict(replace(self, errors=[])).items() if name != "errors"}
 
     def __str__(self) -> str:
         """A few lines for a person."""
@@ -120,7 +122,7 @@ def check_inputs(inputs: BuildInputs, output: Path) -> BuildPlan:
     with noted:
         tokenizer = inputs.tokenizer
     if config is None:
-        return BuildPlan(recipe.name, [], noted.found, warnings)
+        return BuildPlan(recipe.name, [], noted.found, warnings, errors=noted.errors)
     with noted:
         _check_tokens(config, tokenizer)
     with noted:
@@ -171,6 +173,7 @@ def check_inputs(inputs: BuildInputs, output: Path) -> BuildPlan:
         anchors,
         noted.found,
         warnings,
+        errors=noted.errors,
         memory=int(peak),
         disk=disk,
         seconds=seconds / (_SHARE_OF_PEAK * _speed()) if seconds else None,
@@ -182,6 +185,7 @@ class _Problems:
 
     def __init__(self) -> None:
         self.found: list[str] = []
+        self.errors: list[CbdError] = []
 
     def __enter__(self) -> None:
         pass
@@ -191,6 +195,7 @@ class _Problems:
             return False
         if (text := str(error)) not in self.found:
             self.found.append(text)
+            self.errors.append(error)
         return True
 
 
@@ -241,21 +246,25 @@ def _check_headers(inputs: BuildInputs, config: PreTrainedConfig) -> None:
     if source.model is None or not (folder := Path(inputs.local(source.model))).is_dir():
         return
     axis_map = axis_map_for(config)
-    files = [folder / name for name in find_files(folder)]
-    for path in files:
-        if path.is_file() and path.read_bytes()[:40].startswith(b"version https://git-lfs"):
+    try:
+        files = [folder / name for name in find_files(folder)]
+        for path in files:
+            with path.open("rb") if path.is_file() else nullcontext() as file:
+                if file is not None and file.read(40).startswith(b"version https://git-lfs"):
+                    raise RecipeError(
+                        f"{path.name} in {folder} is a Git LFS pointer, not weights; fetch the file: git lfs pull"
+                    )
+        checkpoint, sizes = Checkpoint(files, axis_map), axis_map.sizes(config)
+        expected = axis_map.shapes(sizes)
+        if missing := [name for name in expected if name not in checkpoint.tensors]:
+            left = next((f"; it has others instead, such as {n}" for n in checkpoint.tensors if n not in expected), "")
             raise RecipeError(
-                f"{path.name} in {folder} is a Git LFS pointer, not weights; fetch the file: git lfs pull"
+                f"the checkpoint {source.model!r} lacks {', '.join(missing[:3])} ({len(missing)} in all){left}; save it "
+                "again as transformers does, without prefixes of a wrapper and with all its shards"
             )
-    checkpoint, sizes = Checkpoint(files, axis_map), axis_map.sizes(config)
-    expected = axis_map.shapes(sizes)
-    if missing := [name for name in expected if name not in checkpoint.tensors]:
-        left = next((f"; it has others instead, such as {n}" for n in checkpoint.tensors if n not in expected), "")
-        raise RecipeError(
-            f"the checkpoint {source.model!r} lacks {', '.join(missing[:3])} ({len(missing)} in all){left}; save it "
-            "again as transformers does, without prefixes of a wrapper and with all its shards"
-        )
-    checkpoint.check(sizes)
+        checkpoint.check(sizes)
+    except IntegrityError as error:
+        raise RecipeError(str(error).replace("the manifest says", "config.json says")) from error
 
 
 def anchor_sizes(

@@ -229,7 +229,13 @@ def _open(location: Location, progress: bool) -> _Opened:
 
 
 def _load(location: Location) -> Iterator[tuple[str, PreTrainedModel]]:
-    yield location.place, load_model(location, "auto")
+    try:
+        loaded = load_model(location, "auto")
+    except RecipeError as error:
+        raise ChainNotFoundError(
+            f"{location.place!r} is neither a chain nor a model that can be loaded: {error}"
+        ) from error
+    yield location.place, loaded
 
 
 @contextmanager

@@ -287,10 +287,10 @@ def _open(place: str) -> tuple[PreTrainedModel, Tokenizer]:
     """A model in its own dtype, and its tokenizer."""
     if (Path(place) / MANIFEST_NAME).is_file():
         raise RecipeError(f"{place!r} is a chain; make a model from it first, with cbd-hub from-chain.")
-    model = load_model(Location(place), "auto")
     try:
+        model = load_model(Location(place), "auto")
         return model, AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (RecipeError, OSError, ValueError) as error:
         raise ChainNotFoundError(f"{place!r} is no model that can be loaded, tokenizer included: {error}") from error
 
 

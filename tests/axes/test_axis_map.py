@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_models import VARIANTS, tiny_config
+import torch
+from tiny_models import VARIANTS, tiny_config, tiny_model
 from transformers import AutoConfig, PreTrainedConfig
 
 from cbd_hub.axes.architectures import AXIS_MAPS, axis_map_for
@@ -246,25 +247,47 @@ def test_check_sizes_accepts_what_transformers_accepts(variant: str) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "complaint"),
     [
-        ("llama", {"pretraining_tp": 2}, "pretraining_tp = 2 is not handled by the axis map 'llama' \\(default: 1\\)"),
+        (
+            "llama",
+            {"pretraining_tp": 2},
+            "'llama' does not handle pretraining_tp = 2 \\(default: 1\\).*`free`",
+        ),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights = False"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False"),
         ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm = True"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
-        ("mistral", {"attention_bias": True}, "attention_bias = True"),
-        ("mistral", {"quantization_config": {"bits": 4}}, "quantization_config"),
-        ("llama", {"hiden_size": 64}, "hiden_size = 64 .* Did you mean 'hidden_size'?"),
-        ("qwen3", {"attn_bias": 1}, "attn_bias = 1 .* Did you mean 'attention_bias'?"),
-        ("llama", {"num_experts": 8}, "num_experts = 8"),
-        ("llama", {"made_up_multiplier": 0.5}, "made_up_multiplier = 0.5 .*list it in the map's `free` fields"),
-        ("llama", {"layer_types": ["full_attention"] * 3}, "layer_types"),
     ],
 )
 def test_a_config_that_changes_the_maths_is_refused(family: str, changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(AxisMapError, match=complaint):
         axis_map_for(tiny_config(family, **changes))
+
+
+def test_all_that_is_not_handled_is_listed_at_once() -> None:
+    with pytest.raises(AxisMapError, match=r"scale_attn_weights = False.*scale_attn_by_inverse_layer_idx = True"):
+        axis_map_for(tiny_config("gpt2", scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {"unsloth_version": "2026.1", "my_note": {"a": [1]}}),
+        ("llama", {"num_experts": 8, "made_up_multiplier": 0.5}),
+        ("mistral", {"attention_bias": True}),
+        ("qwen3", {"attn_bias": 1}),
+    ],
+)
+def test_what_a_config_class_does_not_declare_changes_no_model(family: str, fields: dict[str, Any]) -> None:
+    """Tools leave notes in config.json; transformers builds the same model with and without them."""
+    plain, noted = tiny_config(family), tiny_config(family, **fields)
+    assert axis_map_for(noted) == axis_map_for(plain)
+    states = [tiny_model(config, seed=0).state_dict() for config in (plain, noted)]
+    ids = torch.arange(3, 11)[None]
+    assert states[0].keys() == states[1].keys()
+    logits = [tiny_model(config, seed=0)(ids).logits for config in (plain, noted)]
+    assert torch.equal(logits[0], logits[1])
 
 
 def test_opt_with_a_projection_of_its_embeddings_is_refused() -> None:

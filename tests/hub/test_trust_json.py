@@ -123,7 +123,13 @@ def test_a_refusal_is_one_line_whatever_it_quotes(chain: Path, text: str) -> Non
         problems[ascii(path)] = refusal(chain, size)
     (chain / MANIFEST_NAME).write_bytes(ordinary)
     config = (chain / CONFIG).read_text()
-    for change in ({text: 5}, {"hidden_act": text}, {"hidden_size": text}, {"model_type": text}, {"dtype": text}):
+    for change in (
+        {"pretraining_tp": text},
+        {"hidden_act": text},
+        {"hidden_size": text},
+        {"model_type": text},
+        {"dtype": text},
+    ):
         (chain / CONFIG).write_text(config)
         edit_json(chain / CONFIG, **change)
         forge(chain, CONFIG)
