@@ -259,8 +259,8 @@ def _check_headers(inputs: BuildInputs, config: PreTrainedConfig) -> None:
         if missing := [name for name in expected if name not in checkpoint.tensors]:
             left = next((f"; it has others instead, such as {n}" for n in checkpoint.tensors if n not in expected), "")
             raise RecipeError(
-                f"the checkpoint {source.model!r} lacks {', '.join(missing[:3])} ({len(missing)} in all){left}; save it "
-                "again as transformers does, without prefixes of a wrapper and with all its shards"
+                f"the checkpoint {source.model!r} lacks {', '.join(missing[:3])} ({len(missing)} in all){left}; save "
+                "it again as transformers does, without prefixes of a wrapper and with all its shards"
             )
         checkpoint.check(sizes)
     except IntegrityError as error:
