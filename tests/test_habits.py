@@ -53,3 +53,13 @@ def test_make_help_names_every_target() -> None:
     named = {line.split()[0] for line in told.splitlines()}
     assert named == set(" ".join(phony).split())
     assert all(len(line.split()) > 2 and len(line) <= 119 for line in told.splitlines())
+
+
+def test_what_is_promised_is_tested() -> None:
+    """Every test that docs/reliability.md names is there."""
+    named = re.findall(r"tests/[\w/]+\.py(?:::\w+)?", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
+    assert len(named) > 15
+    for name in named:
+        path, _, function = name.partition("::")
+        assert (ROOT / path).is_file(), name
+        assert not function or f"def {function}(" in (ROOT / path).read_text(encoding="utf-8"), name

@@ -9,7 +9,7 @@ killed goes on behind its last record and ends with the same chain. ``chain.json
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -48,6 +48,9 @@ from cbd_hub.training.curve import is_better, save_control_point
 from cbd_hub.training.distill import distill
 
 __all__ = ["build_chain"]
+
+_BEGUN = "begun.json"
+"""Version and recipe that a build was begun with."""
 
 
 @dataclass(frozen=True)
@@ -236,9 +239,10 @@ class _Build:
         return anchor, own, saved["basis"]
 
     def _another(self, why: str) -> OutputExistsError:
+        changed = _changes(self.state / _BEGUN, self.recipe)
         return OutputExistsError(
-            f"{self.output} holds a build of another recipe ({why}); name another folder, or start over with "
-            "resume=False (--no-resume)"
+            f"{self.output} holds a build of another recipe ({changed or why}); name another folder, put the recipe back, "
+            "or start over with resume=False (--no-resume)"
         )
 
     def _save(self, built: _BuiltAnchor, parent: Anchor | None, init: str | None) -> Anchor:
@@ -298,17 +302,37 @@ def _empty(folder: Path) -> None:
 
 def _as_begun(recipe: Recipe, state: Path) -> Recipe:
     """The recipe as the version read it that began the build: an earlier one knew no control points by default."""
-    begun = state / "begun.json"
+    begun = state / _BEGUN
     if begun.is_file() or not (state / "step-0.json").is_file():
         if PartialState().is_main_process:
             state.mkdir(parents=True, exist_ok=True)
-            _write_json(begun, {"version": version("cbd_hub"), "control_points": True})
+            known = recipe.model_dump(mode="json")
+            _write_json(begun, {"version": version("cbd_hub"), "control_points": True, "recipe": known})
         PartialState().wait_for_everyone()
         return recipe
     if "control_point" in recipe.distillation.model_fields_set:
         return recipe
     distillation = recipe.distillation.model_copy(update={"control_point": None})
     return recipe.model_copy(update={"distillation": distillation})
+
+
+def _changes(begun: Path, recipe: Recipe) -> str:
+    """Which keys differ from the recipe that a build was begun with; empty where that is not known."""
+    try:
+        before = json.loads(begun.read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError):
+        return ""
+    now = recipe.model_dump(mode="json")
+    return ", ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in _differences(before, now, ""))
+
+
+def _differences(before: Any, now: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yields dotted key, old and new value of everything that differs between two recipes."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            yield from _differences(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
+    elif before != now:
+        yield where, before, now
 
 
 def _all_of(problems: list[str]) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -591,3 +592,20 @@ def test_two_processes_build_what_one_does(tmp_path: Path) -> None:
         chain = Chain.from_pretrained(tmp_path / str(processes))
         losses.append([a.evaluation.loss for a in chain.manifest.anchors if a.evaluation])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"calibration_tokens": 256}, "calibration_tokens was 512 and is 256"),
+        (
+            {"distillation": {**tiny_recipe()["distillation"], "learning_rate": 5e-3}},
+            "distillation.learning_rate was 0.003",
+        ),
+        ({"anchors": [0.8, 0.7]}, r"anchors was .*0.75.* and is .*0.8"),
+    ],
+)
+def test_a_changed_recipe_names_the_key(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    shutil.copytree(built_chain(), tmp_path / "chain")
+    with pytest.raises(OutputExistsError, match=f"another recipe .*{named}"):
+        build_chain(tiny_recipe(**change), tmp_path / "chain", progress=False)
