@@ -1,9 +1,9 @@
 """The curve between two anchors against everything else at equal tokens: ``python benchmarks/curve.py CHAIN``.
 
 CHAIN is what ``make quickstart`` leaves (``quickstart-output/chain``). Each seed trains, for every pair: the anchor
-alone (N tokens), the anchor and its control point together (2 N), the control point alone beside the plain anchor
-(N), and each of a few sizes directly from the large anchor with parts of N. All are measured on the chain's test text at
-nine sizes a pair, with the large anchor pruned, pruned and refitted, and the paper's rule beside them. Figures go into
+alone (N tokens), the anchor and its control point together (2 N), the control point alone beside the plain anchor (N),
+and each of a few sizes directly from the large anchor with parts of N. All are measured on the chain's test text at nine
+sizes a pair, with the large anchor pruned, pruned and refitted, and the paper's rule beside them. Figures go into
 docs/results/curve.json after each arm, and a call goes on from there; ``--report`` writes docs/results/curve.md.
 """
 
@@ -177,10 +177,12 @@ def main() -> None:
         for seed in arguments.seeds:
             arms = results["pairs"].setdefault(name, {}).setdefault(str(seed), {})
 
-            def record(arm: str, losses: dict[str, float], arms: dict[str, Any] = arms) -> None:
+            def record(
+                arm: str, losses: dict[str, float], arms: dict[str, Any] = arms, label: str = f"{name}, seed {seed}"
+            ) -> None:
                 arms[arm] = losses
                 path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-                print(name, seed, arm, {r: round(v, 4) for r, v in losses.items()}, flush=True)
+                print(label, arm, {r: round(v, 4) for r, v in losses.items()}, flush=True)
 
             if "direct N" not in arms:
                 measure(bench, seed, record, set(arms))

@@ -241,8 +241,8 @@ class _Build:
     def _another(self, why: str) -> OutputExistsError:
         changed = _changes(self.state / _BEGUN, self.recipe)
         return OutputExistsError(
-            f"{self.output} holds a build of another recipe ({changed or why}); name another folder, put the recipe back, "
-            "or start over with resume=False (--no-resume)"
+            f"{self.output} holds a build of another recipe ({changed or why}); name another folder, put the recipe "
+            "back, or start over with resume=False (--no-resume)"
         )
 
     def _save(self, built: _BuiltAnchor, parent: Anchor | None, init: str | None) -> Anchor:
@@ -304,7 +304,7 @@ def _as_begun(recipe: Recipe, state: Path) -> Recipe:
     """The recipe as the version read it that began the build: an earlier one knew no control points by default."""
     begun = state / _BEGUN
     if begun.is_file() or not (state / "step-0.json").is_file():
-        if PartialState().is_main_process:
+        if PartialState().is_main_process and not (state / "step-0.json").is_file():
             state.mkdir(parents=True, exist_ok=True)
             known = recipe.model_dump(mode="json")
             _write_json(begun, {"version": version("cbd_hub"), "control_points": True, "recipe": known})
