@@ -2,8 +2,8 @@
 
 CHAIN is what ``make quickstart`` leaves (``quickstart-output/chain``). Each seed trains, for every pair: the anchor
 alone (N tokens), the anchor and its control point together (2 N), the control point alone beside the plain anchor (N),
-and each of a few sizes directly from the large anchor with parts of N. All are measured on the chain's test text at nine
-sizes a pair, with the large anchor pruned, pruned and refitted, and the paper's rule beside them. Figures go into
+and each of a few sizes directly from the large anchor with parts of N. All are measured on the chain's test text at
+nine sizes a pair, with the large anchor pruned, pruned and refitted, and the paper's rule beside them. Figures go into
 docs/results/curve.json after each arm, and a call goes on from there; ``--report`` writes docs/results/curve.md.
 """
 
