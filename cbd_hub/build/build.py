@@ -9,10 +9,9 @@ killed goes on behind its last record and ends with the same chain. ``chain.json
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from cbd_hub.alignment.ready_made import check_layers, check_neighbors, load_rea
 from cbd_hub.axes.architectures import axis_map_for, register_axis_map
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes, count_parameters, format_count
+from cbd_hub.build.begun import as_begun, list_changes
 from cbd_hub.build.bridge import build_anchor_zero
 from cbd_hub.build.check import anchor_sizes, check_inputs
 from cbd_hub.build.finish import BRIDGE_RECORD, STATE, finish_chain
@@ -48,9 +48,6 @@ from cbd_hub.training.curve import is_better, save_control_point
 from cbd_hub.training.distill import distill
 
 __all__ = ["build_chain"]
-
-_BEGUN = "begun.json"
-"""Version and recipe that a build was begun with."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +236,7 @@ class _Build:
         return anchor, own, saved["basis"]
 
     def _another(self, why: str) -> OutputExistsError:
-        changed = _changes(self.state / _BEGUN, self.recipe)
+        changed = list_changes(self.state, self.recipe)
         return OutputExistsError(
             f"{self.output} holds a build of another recipe ({changed or why}); name another folder, put the recipe "
             "back, or start over with resume=False (--no-resume)"
@@ -300,41 +297,6 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _as_begun(recipe: Recipe, state: Path) -> Recipe:
-    """The recipe as the version read it that began the build: an earlier one knew no control points by default."""
-    begun = state / _BEGUN
-    if begun.is_file() or not (state / "step-0.json").is_file():
-        if PartialState().is_main_process and not (state / "step-0.json").is_file():
-            state.mkdir(parents=True, exist_ok=True)
-            known = recipe.model_dump(mode="json")
-            _write_json(begun, {"version": version("cbd_hub"), "control_points": True, "recipe": known})
-        PartialState().wait_for_everyone()
-        return recipe
-    if "control_point" in recipe.distillation.model_fields_set:
-        return recipe
-    distillation = recipe.distillation.model_copy(update={"control_point": None})
-    return recipe.model_copy(update={"distillation": distillation})
-
-
-def _changes(begun: Path, recipe: Recipe) -> str:
-    """Which keys differ from the recipe that a build was begun with; empty where that is not known."""
-    try:
-        before = json.loads(begun.read_text(encoding="utf-8"))["recipe"]
-    except (OSError, ValueError, KeyError):
-        return ""
-    now = recipe.model_dump(mode="json")
-    return ", ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in _differences(before, now, ""))
-
-
-def _differences(before: Any, now: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yields dotted key, old and new value of everything that differs between two recipes."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in {**before, **now}:
-            yield from _differences(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
-    elif before != now:
-        yield where, before, now
-
-
 def _all_of(problems: list[str]) -> str:
     """Problems with their numbers."""
     return f"{len(problems)} things stop this build: " + "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
@@ -389,7 +351,7 @@ def _build_chain(loaded: Recipe, base: Path, output: Path, resume: bool, progres
     if not resume and PartialState().is_main_process:
         _empty(output)
     PartialState().wait_for_everyone()
-    build = _Build(_as_begun(loaded, output / STATE), base, output, progress)
+    build = _Build(as_begun(loaded, output / STATE), base, output, progress)
     plan = check_inputs(build.inputs, output)
     if len(plan.problems) == len(plan.errors) == 1:
         raise plan.errors[0]
