@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import results
 import torch
 from random_chain import about
 from tokenizers import Tokenizer as Backend
@@ -242,86 +242,6 @@ def measure(bench: Bench, name: str, seeds: list[int], most: int | None) -> None
         bench.keep(f"{name} | chain | seed {seed}", lambda s=seed: goes_on(s))
 
 
-def arms(found: dict[str, Any], name: str, way: tuple[str, ...]) -> list[dict[str, Any]]:
-    """What was measured of one way, a seed each."""
-    label = " + ".join(way) or "corpus alone"
-    return [value for key, value in found.items() if key.startswith(f"{name} | {label} | seed")]
-
-
-def mean(rows: list[dict[str, Any]]) -> float:
-    """Bits a byte, over the seeds."""
-    return float(np.mean([row["bits"] for row in rows]))
-
-
-def spread(bits: list[float]) -> str:
-    """Half of the range over the seeds, or a mark where there is one."""
-    return f" ±{np.ptp(bits) / 2:.3f}" if len(bits) > 1 else "¹"
-
-
-def lost(found: dict[str, Any]) -> list[tuple[str, str, float, float]]:
-    """The ways that ended above the corpus alone: chain, way, its bits a byte, those of the corpus alone."""
-    measured = [(name, way, arms(found, name, way), arms(found, name, ())) for name in CHAINS for way in WAYS if way]
-    return [
-        (name, " + ".join(way), mean(rows), mean(base))
-        for name, way, rows, base in measured
-        if rows and base and mean(rows) > mean(base)
-    ]
-
-
-def markdown(found: dict[str, Any]) -> str:
-    """The tables, from the JSON alone."""
-    told = found["about"]
-    versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
-    lines = [
-        "# Bridges: founding a chain on a source of another kind",
-        "",
-        "Written by `python benchmarks/bridge.py` from bridge.json. Bits a byte of held-out text (OpenWebText, "
-        f"Wikipedia) that chose nothing, {TEST_ROWS} blocks of {LENGTH} tokens. Source: SmolLM2-135M-Instruct"
-        + (f", {found['source']:.3f}" if "source" in found else "")
-        + f". Every arm was trained on {TOKENS:,} tokens in the chain's tokenizer. Mean and half of the range over "
-        "the seeds (¹: seed 0 alone). Seconds are of one shared core; writing the text for `seqkd`, once for all, is "
-        f"part of the first arm that uses it. Machine: {told['machine']}; {versions}; commit {told['commit'][:10]}.",
-    ]
-    for name in CHAINS:
-        if not arms(found, name, ()):
-            continue
-        lines += ["", f"## {name}", ""]
-        if report := found.get(f"{name} | report"):
-            lines += [
-                f"Of the corpus's tokens the source knows {report['student_frequency']:.1%} (of the vocabulary's "
-                f"{report['student_size']:,} entries {report['student_share']:.1%}); {report['token_ratio']:.2f} "
-                f"tokens for one of the source's. `auto` takes {' + '.join(report['auto'])}: {report['why']}.",
-                "",
-            ]
-        lines += [
-            "| anchor zero by | starts with | bits a byte | minus corpus alone | seconds |",
-            "|---|---|---|---|---|",
-        ]
-        base = mean(arms(found, name, ()))
-        for way in WAYS:
-            if not (rows := arms(found, name, way)):
-                continue
-            error, gap = spread([row["bits"] for row in rows]), f"{mean(rows) - base:+.3f}" if way else "–"
-            seconds = " / ".join(f"{row['seconds']:.0f}" for row in rows)
-            start = ", ".join(rows[0]["carried"]) or "random weights"
-            lines.append(
-                f"| {' + '.join(way) or 'corpus alone'} | {start} | {mean(rows):.3f}{error} | {gap} | {seconds} |"
-            )
-        if chains := arms(found, name, ("chain",)):
-            first = chains[0]
-            rows = [(f"anchor {anchor}", "", [c["anchors"][anchor] for c in chains]) for anchor in first["anchors"]]
-            rows.append(("from_chain, half-way", f"{first['parameters']:,}", [c["between"] for c in chains]))
-            scratch = f"the same shape from scratch, {TOKENS + ANCHOR_TOKENS:,} tokens"
-            rows.append((scratch, f"{first['scratch_parameters']:,}", [c["scratch"] for c in chains]))
-            lines += [
-                "",
-                "| the chain that goes on (transplant + logits) | parameters | bits a byte |",
-                "|---|---|---|",
-            ]
-            lines += [f"| {what} | {size} | {np.mean(bits):.3f}{spread(bits)} |" for what, size, bits in rows]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Measures what is missing and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -335,8 +255,7 @@ def main() -> None:
     bench = Bench(options.results)
     for name in [] if options.only else options.chain or CHAINS:
         measure(bench, name, options.seeds, options.ways)
-    bench.path.with_suffix(".md").write_text(markdown(bench.found))
-    print(markdown(bench.found))
+    results.save("bridge", bench.found, options.results)
 
 
 if __name__ == "__main__":

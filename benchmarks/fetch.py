@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import results
 from hub_server import HubServer  # noqa: E402
 
 from cbd_hub import Chain  # noqa: E402
@@ -69,23 +70,6 @@ def measure(hub: HubServer, chain: Chain, size: int, options: dict[str, Any], ho
     }
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table."""
-    lines = [
-        f"Chain {result['chain']}; weights only, in MB. Requests are those that bring weights.",
-        "",
-        "| parameters | method | planned | fetched | requests | whole files of the anchors used | fetched / whole |",
-        "|--:|---|--:|--:|--:|--:|--:|",
-    ]
-    for row in result["rows"]:
-        count = f"{row['num_parameters']:,}"
-        name = row["method"] + (f", alpha {row['alpha']:g}" if "alpha" in row else "")
-        mega = [f"{row[key] / 1e6:,.1f}" for key in ("planned_bytes", "fetched_bytes", "whole_bytes")]
-        share = row["fetched_bytes"] / row["whole_bytes"]
-        lines.append(f"| {count} | {name} | {mega[0]} | {mega[1]} | {row['requests']} | {mega[2]} | {share:.2f} |")
-    return "\n".join(lines) + "\n"
-
-
 def main(options: argparse.Namespace) -> None:
     """Publishes the chain on loopback, pulls, and writes the results."""
     chain = Chain.from_pretrained(options.chain)
@@ -103,15 +87,12 @@ def main(options: argparse.Namespace) -> None:
                     rows.append(measure(hub, chain, size, way, home))
                     print(json.dumps(rows[-1]), flush=True)
     result = {"chain": chain.manifest.name, "rows": rows}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "fetch.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "fetch.md").write_text(markdown(result))
-    print(markdown(result))
+    results.save("fetch", result, options.output)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chain", help="folder of a chain")
-    parser.add_argument("--positions", type=float, nargs="+", default=[0.25, 0.75], help="between neighbours, 0 to 1")
+    parser.add_argument("--positions", type=float, nargs="+", default=[0.25, 0.75], help="between neighbors, 0 to 1")
     parser.add_argument("--output", type=Path, default=RESULTS)
     main(parser.parse_args())

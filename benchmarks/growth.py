@@ -14,7 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
@@ -22,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import results
 import torch
 from random_chain import SHAPES, about, in_child, make_chain, measure, middle
 from transformers.utils import logging
@@ -135,93 +134,6 @@ def grow_builds(numbers: Sequence[int], rounds: int, quick: bool) -> list[dict[s
 # -- the tables -------------------------------------------------------------------------------------------------------
 
 
-def medians(rows: Sequence[Mapping[str, Any]], what: str) -> list[float]:
-    """The median of every row."""
-    return [statistics.median(run[what] for run in row["runs"]) for row in rows]
-
-
-def slope(rows: Sequence[Mapping[str, Any]], what: str) -> float:
-    """The exponent of parameters with which something grows: least squares on logarithms."""
-    sizes = [row["parameters"] for row in rows]
-    return float(np.polyfit(np.log(sizes), np.log(medians(rows, what)), 1)[0])
-
-
-def line(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
-    """CPU seconds of a build without anchors, of each anchor, and the largest miss of that line as a share."""
-    numbers, cpu = [row["anchors"] for row in rows], medians(rows, "cpu")
-    each, fixed = np.polyfit(numbers, cpu, 1)
-    miss = max(abs(fixed + each * n - c) / c for n, c in zip(numbers, cpu, strict=True))
-    return float(fixed), float(each), float(miss)
-
-
-def markdown(result: Mapping[str, Any]) -> str:
-    """The tables, and the exponents."""
-    rows, builds = result["from_chain"], result["builds"]
-    top = rows[-3:]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines = [
-        "# Growth",
-        "",
-        "Written by `python benchmarks/growth.py` from growth.json. Medians over processes of their own. "
-        f"{result['machine']}, {result['memory_bytes'] / 2**30:.0f} GiB, {versions}, commit {result['commit'][:10]}. "
-        f"{result['note']}".rstrip(),
-        "",
-        "## from_chain",
-        "",
-        "bfloat16, random weights, files in the page cache.",
-        "",
-        "| parameters | tensors | read GB | made GB | CPU s | wall s | peak GB | peak / made | read GB/s |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row, cpu, wall, peak in zip(rows, *(medians(rows, w) for w in ("cpu", "wall", "peak")), strict=True):
-        lines.append(
-            f"| {row['parameters']:,} | {row['tensors']} | {row['bytes_read'] / 1e9:.3f} | "
-            f"{row['bytes_made'] / 1e9:.3f} | {cpu:.2f} | {wall:.2f} | {peak / 1e9:.3f} | "
-            f"{peak / row['bytes_made']:.2f} | {row['bytes_read'] / cpu / 1e9:.2f} |"
-        )
-    lines += [
-        "",
-        f"With parameters to the power of (least squares on logarithms): CPU time {slope(rows, 'cpu'):.2f} over all "
-        f"sizes and {slope(top, 'cpu'):.2f} over the largest {len(top)}; peak memory {slope(rows, 'peak'):.2f} and "
-        f"{slope(top, 'peak'):.2f}.",
-        "",
-        "## A build, by the number of anchors",
-        "",
-        f"A Llama of 0.8M parameters trained from scratch, {result['tokens']:,} tokens for it and for every anchor, "
-        "each of 85 % of its neighbour.",
-        "",
-        "| anchors beside the source | CPU seconds | wall seconds | peak GB |",
-        "|--:|--:|--:|--:|",
-    ]
-    for row, cpu, wall, peak in zip(builds, *(medians(builds, w) for w in ("cpu", "wall", "peak")), strict=True):
-        lines.append(f"| {row['anchors']} | {cpu:.1f} | {wall:.1f} | {peak / 1e9:.2f} |")
-    fixed, each, miss = line(builds)
-    lines += [
-        "",
-        f"A straight line fits within {miss:.0%}: {fixed:.1f} CPU seconds, and {each:.1f} for every anchor (a smaller "
-        "one costs less to train, as much to measure).",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Time and memory over parameters, and a build's time over anchors."""
-    from matplotlib.figure import Figure
-
-    rows, builds = result["from_chain"], result["builds"]
-    figure = Figure(figsize=(11, 3.5), layout="constrained")
-    axes = figure.subplots(1, 3)
-    sizes = [row["parameters"] for row in rows]
-    for axis, what, label, unit in ((axes[0], "cpu", "CPU seconds", 1), (axes[1], "peak", "peak GB", 1e9)):
-        axis.loglog(sizes, [value / unit for value in medians(rows, what)], "o-")
-        axis.set(xlabel="parameters", ylabel=label, title=f"from_chain: exponent {slope(rows, what):.2f}")
-        axis.grid(alpha=0.3)
-    axes[2].plot([row["anchors"] for row in builds], medians(builds, "cpu"), "o-")
-    axes[2].set(xlabel="anchors beside the source", ylabel="CPU seconds", title="a build", ylim=(0, None))
-    axes[2].grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-
-
 def main(options: argparse.Namespace) -> None:
     """Measures both and writes the results."""
     logging.disable_progress_bar()
@@ -233,11 +145,7 @@ def main(options: argparse.Namespace) -> None:
         rows = grow(Path(temporary), shapes, 1 if quick else options.rounds)
     builds = grow_builds((1, 2) if quick else ANCHORS, 1 if quick else options.rounds_builds, quick)
     result = {**about(), "note": options.note, "tokens": tokens, "from_chain": rows, "builds": builds}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "growth.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "growth.md").write_text(markdown(result))
-    plot(result, options.output / "growth.png")
-    print(markdown(result))
+    results.save("growth", result, options.output)
 
 
 if __name__ == "__main__":

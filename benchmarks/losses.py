@@ -17,8 +17,10 @@ import sys
 import time
 from pathlib import Path
 
+import results
 import torch
 import torch.nn.functional as F
+from figures import PEAK_ALLOWED, TIME_ALLOWED
 from torch import Tensor, nn
 
 from cbd_hub.losses.distillation import distillation_loss
@@ -26,7 +28,6 @@ from cbd_hub.losses.distillation import distillation_loss
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "losses.json"
 HIDDEN = 576
 PLAIN_TENSORS = 8  # (B, S, V) tensors that the plain way holds at its peak; measured, rounded up
-PEAK_ALLOWED, TIME_ALLOWED = 0.25, 1.1  # of the plain way's
 
 Inputs = tuple[Tensor, nn.Linear, Tensor, nn.Linear, Tensor]
 
@@ -122,27 +123,6 @@ def fitting_batch(batch: int, length: int, vocabulary: int, limit: float) -> int
     return batch
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
-
-    def verdict(value: float, allowed: float) -> str:
-        return f"{value:.2f} ({'pass' if value <= allowed else 'FAIL'})"
-
-    lines = [
-        "| vocabulary | batch | plain GB | chunked GB | plain s | chunked s "
-        f"| peak, at most {PEAK_ALLOWED} | time, at most {TIME_ALLOWED} |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        cells = [f"{row['vocabulary']:,}", f"{row['batch']} x {row['length']}"]
-        cells += [f"{row[way]['peak_bytes'] / 1e9:.2f}" for way in WAYS]
-        cells += [f"{row[way]['seconds']:.2f}" for way in WAYS]
-        cells.append(verdict(row["peak_against_plain"], PEAK_ALLOWED))
-        cells.append(verdict(row["time_against_plain"], TIME_ALLOWED))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main(options: argparse.Namespace) -> None:
     """Measures every vocabulary, prints the table, writes the result; fails where a goal is missed."""
     limit = 1e9 * options.memory if options.memory else 0.75 * available()
@@ -155,7 +135,7 @@ def main(options: argparse.Namespace) -> None:
                 f"plain way needs less than {limit / 1e9:.3g} GB.\n"
             )
         rows.append(measure(batch, options.length, vocabulary, options.repeats))
-    print(table(rows))
+    print(results.page("losses", {"rows": rows}))
     if options.output:
         machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
         result = {"machine": machine, "hidden": HIDDEN, "batch_asked": options.batch, "rows": rows}

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import quality_arms as arms
-import quality_tables
+import report
+import results
 import torch
 import yaml
 from quality_arms import Pair
@@ -266,4 +267,4 @@ if __name__ == "__main__":
     if arguments.only != "tables":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         measure(Bench(settings, folder, arguments.work))
-    quality_tables.write(folder)
+    results.save("quality", report.read(folder, "quality"), folder)

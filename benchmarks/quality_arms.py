@@ -53,7 +53,7 @@ Loss = Callable[[PreTrainedModel], float]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two neighbours and how their units correspond."""
+    """Two neighbors and how their units correspond."""
 
     large: PreTrainedModel
     small: PreTrainedModel

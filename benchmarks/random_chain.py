@@ -64,7 +64,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def save_random(config: LlamaConfig, folder: Path, dtype: torch.dtype, shard: str, seed: int) -> None:
-    """Saves a model of random weights; each weight is drawn once, which is quicker than an initialisation."""
+    """Saves a model of random weights; each weight is drawn once, which is quicker than an initialization."""
     axis_map = axis_map_for(config)
     generator = torch.Generator().manual_seed(seed)
     shapes = axis_map.shapes(axis_map.sizes(config))

@@ -6,11 +6,12 @@ nothing.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+
+import results
 
 from cbd_hub import Chain, Plan
 from cbd_hub.axes.sizing import count_parameters
@@ -52,17 +53,8 @@ def main(chain: Chain) -> None:
             layers.append(
                 {k: row[k] for k in ("pair", "parameters", "r")} | by_layers(chain, small.name, large.name, size, loss)
             )
-    RESULTS.mkdir(parents=True, exist_ok=True)
     result = {"tokens": MAX_TOKENS, "seed": 0, "own_weight": weights, "layers": layers}
-    (RESULTS / "rules.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "rules.md").write_text(
-        "# Two rules, measured\n\nWritten by `python benchmarks/rules.py`. Losses in nats a token on "
-        f"{MAX_TOKENS} validation tokens, one seed.\n\n## Weight of units that only the large anchor has\n\n"
-        + table(weights)
-        + "\n## The same size with fewer or more layers\n\n"
-        + table(layers)
-    )
-    print((RESULTS / "rules.md").read_text())
+    results.save("rules", result, RESULTS)
 
 
 def weighted(plan: Plan, weight: float) -> Plan:
@@ -87,14 +79,6 @@ def by_layers(
         near = abs(plan.num_parameters - size) <= 0.005 * size
         found[f"{number - sizes[small]['layers']} more layers"] = f"{loss(plan)} (ffn {best})" if near else "-"
     return found
-
-
-def table(rows: list[dict[str, float | str]]) -> str:
-    """A Markdown table."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += ["| " + " | ".join(str(row.get(name, "-")) for name in names) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

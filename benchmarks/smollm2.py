@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 import torch
 from transformers import PreTrainedModel
 
@@ -28,7 +29,6 @@ from cbd_hub.axes.sizing import solve
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.evaluation.held_out import evaluate_loss
-from cbd_hub.evaluation.plots import plot_size_loss
 from cbd_hub.initialization.refit import REFIT_TOKENS, refit
 from cbd_hub.interpolation.materialize import blend_models, cut
 from cbd_hub.interpolation.operations import list_operations
@@ -107,7 +107,7 @@ def blend(plan: Plan, bench: Bench, large: PreTrainedModel, small: PreTrainedMod
 
 
 def measure_methods(bench: Bench, variants: bool = False) -> None:
-    """Every method at three sizes between every two neighbours; or the variants of the rule."""
+    """Every method at three sizes between every two neighbors; or the variants of the rule."""
     chain, anchors = bench.chain, bench.chain.manifest.anchors
     for entry in chain.anchors:
         bench.keep(f"anchor {entry.name}", lambda e=entry: bench.losses(e.load(), *bench.blocks))
@@ -225,97 +225,6 @@ def build_cost(folder: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def write(bench: Bench) -> None:
-    """The tables and the plot, from the JSON alone."""
-    found, manifest = bench.found, bench.chain.manifest
-
-    def mean(value: Any, domain: str = "in domain") -> float:
-        return float(np.mean(value[domain]))
-
-    def cell(key: str, against: Any) -> str:
-        if key not in found:
-            return "–"
-        gap = np.array(found[key]["in domain"]) - np.array(against["in domain"])
-        error = f" ±{gap.std(ddof=1) / len(gap) ** 0.5:.3f}" if gap.any() else ""
-        return f"{mean(found[key]):.3f}{error}"
-
-    anchors = {a.name: a for a in manifest.anchors}
-    loss = {name: mean(found[f"anchor {name}"]) for name in anchors}
-    names = ["interpolate", "refine", "prune", "prune + refit", "expand", "paper"]
-    more = list(VARIANTS)
-    lines = ["## Anchors", ""]
-    head = (
-        "anchor | parameters | tokens | ranking (s) | training (s) | tokens/s | cut | refitted | distilled | held-out"
-    )
-    lines += [f"| {head} | other domain |", "|---" * 11 + "|"]
-    for i, a in enumerate(manifest.anchors):
-        t, cost = a.training, found.get("build", {}).get(f"step {i}")
-        spent = f"{cost['ranking']:.0f} | {cost['training']:.0f}" if cost else "– | –"
-        rate = f"{t.tokens / cost['training']:.0f}" if t and cost else "–"
-        trained = [f"{v:.3f}" if v else "–" for v in ((t.cut_loss, t.start_loss, t.best_loss) if t else (0, 0, 0))]
-        other = mean(found[f"anchor {a.name}"], "another domain")
-        lines.append(
-            f"| {a.name} | {a.num_parameters / 1e6:.1f}M | {t.tokens if t else 0:,} | {spent} | {rate} | "
-            f"{' | '.join(trained)} | "
-            f"{loss[a.name]:.3f} | {other:.3f} |"
-        )
-    lines += ["", "Cut, refitted, distilled: on the validation text, which chose the checkpoint. Training: refit,"]
-    lines += ["distillation and its evaluations, so tokens/s is a lower bound; one thread."]
-    lines += ["", "## Methods", ""]
-    head = ["parameters", "r", "straight line", *names, *more]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    series: dict[str, list[tuple[int, float]]] = {}
-    for key in sorted((k for k in found if k.endswith(" plan")), key=lambda k: -int(k.split()[0])):
-        size, about = int(key.split()[0]), found[key]
-        line = loss[about["small"]] + about["r"] * (loss[about["large"]] - loss[about["small"]])
-        cells = [cell(f"{size} {name}", found[f"{size} interpolate"]) for name in names + more]
-        lines.append(f"| {size / 1e6:.1f}M | {about['r']:.2f} | {line:.3f} | {' | '.join(cells)} |")
-        for name in names:
-            if f"{size} {name}" in found:
-                series.setdefault(name, []).append((size, mean(found[f"{size} {name}"])))
-    lines += ["", "## What `refine` chose", "", "| parameters | candidate | gain on calibration |", "|---|---|---|"]
-    for key in (k for k in found if k.endswith(" refine")):
-        report = found[key]["report"]
-        gain = report["planned_loss"] - report["calibration_loss"]
-        lines.append(f"| {int(key.split()[0]) / 1e6:.1f}M | {report['candidate']} | {gain:.4f} |")
-    lines += ["", "## Fair controls", "", "| model | in domain | another domain |", "|---|---|---|"]
-    controls: dict[str, Any] = {}
-    middle = min(
-        (int(k.split()[0]) for k in found if k.endswith(" plan")),
-        key=lambda n: abs(n - (manifest.anchors[0].num_parameters + manifest.anchors[1].num_parameters) / 2),
-    )
-    for name in ("interpolate", "prune", "prune + refit"):
-        controls[f"{name} ({middle / 1e6:.1f}M)"] = found[f"{middle} {name}"]
-    if key := next((k for k in found if k.startswith("control: pruned")), None):
-        controls["pruned + refit, then distilled on the anchor's tokens"] = found[key]
-    if key := next((k for k in found if k.startswith("control: teacher")), None):
-        controls["teacher adapted on the anchor's tokens (whole)"] = found[key]["teacher"]
-        controls["adapted teacher, pruned"] = found[key]["prune"]
-        controls["adapted teacher, pruned + refit"] = found[key]["prune + refit"]
-    for name, value in controls.items():
-        lines.append(f"| {name} | {mean(value):.3f} | {mean(value, 'another domain'):.3f} |")
-    if seed := found.get("seed 1"):
-        small = manifest.anchors[1].name
-        lines += ["", "## Another seed", "", "| | seed 0 | seed 1 |", "|---|---|---|"]
-        lines.append(f"| anchor {small} | {loss[small]:.3f} | {mean(seed['anchor']):.3f} |")
-        own = mean(found[f"{middle} interpolate"])
-        lines.append(f"| interpolate | {own:.3f} | {mean(seed['interpolate']):.3f} |")
-    tokens = sum(len(row) - 1 for row in bench.blocks["in domain"])
-    top = [
-        "# A chain from SmolLM2-135M-Instruct",
-        "",
-        "Written by `python benchmarks/smollm2.py`. Nats a token on "
-        f"{tokens:,} held-out tokens (OpenWebText, Wikipedia; another domain: State of the Union speeches, "
-        "of which nothing was trained on); ± is one standard error of the paired difference to `interpolate`. "
-        f"One seed unless said, float32, {platform.machine()}, {torch.get_num_threads()} threads.",
-        "",
-    ]
-    (bench.path.with_suffix(".md")).write_text("\n".join(top + lines) + "\n")
-    points = [(a.name, a.num_parameters, loss[a.name]) for a in manifest.anchors]
-    title = "SmolLM2 chain: held-out loss by size"
-    plot_size_loss({k: sorted(v) for k, v in series.items()}, points, bench.path.with_suffix(".png"), title)
-
-
 def main() -> None:
     """Measures what is missing and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -336,8 +245,19 @@ def main() -> None:
     for name, measure in parts.items():
         if options.only is None or name in options.only:
             measure(bench)
-    write(bench)
-    print(bench.path.with_suffix(".md").read_text())
+    anchors = [
+        {
+            "name": a.name,
+            "parameters": a.num_parameters,
+            "tokens": t.tokens if (t := a.training) else 0,
+            "losses": [t.cut_loss, t.start_loss, t.best_loss] if t else [None] * 3,
+        }
+        for a in bench.chain.manifest.anchors
+    ]
+    tokens = sum(len(row) - 1 for row in bench.blocks["in domain"])
+    where = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    bench.found |= {"anchors": anchors, "held_out_tokens": tokens, "machine": where}
+    results.save("smollm2", bench.found, options.results)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import argparse
 import importlib
 import importlib.util
-import json
 import shutil
 import subprocess
 import sys
@@ -41,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import speed_tables
+import results
 import torch
 from random_chain import SHAPES, about, available, in_child, make_chain, measure, middle, resized, save_random
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -250,9 +249,8 @@ def main(options: argparse.Namespace) -> None:
                         }
                         row["failed"] |= {way: why for way, why in failed.items() if not some}
                         result["rows"].append(row)
-                        write(result, options.output)
+                        results.save("speed", result, options.output)
                     shutil.rmtree(folder)
-    print((options.output / "speed.md").read_text())
 
 
 def make_case(folder: Path, scale: str, dtype: torch.dtype, sharded: bool, full: bool = False) -> Case:
@@ -268,13 +266,6 @@ def make_case(folder: Path, scale: str, dtype: torch.dtype, sharded: bool, full:
         raise SystemExit(f"the chain of {scale} could not be made")
     print(f"{scale}, {dtype}, {'sharded' if sharded else 'one file'}", flush=True)
     return case_of(folder)
-
-
-def write(result: dict[str, Any], folder: Path) -> None:
-    """Writes the figures and the table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "speed.md").write_text(speed_tables.markdown(result))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from datasets import Dataset
 from random_chain import SHAPES
@@ -210,24 +211,6 @@ def child(way: str, options: argparse.Namespace) -> None:
         print(json.dumps({**result, "first_step": clock.first}))
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table, one row a way."""
-    lines = [
-        f"Batch {result['batch']} x {result['length']} tokens, teacher {result['teacher']:,} and student "
-        f"{result['student']:,} parameters, float32, {result['machine']}.",
-        "",
-        "| trainer | loss | tokens/s | of the plain loop | peak memory (GB) | above the models (GB) |",
-        "|---|---|---|---|---|---|",
-    ]
-    plain = result["ways"]["plain loop"]["tokens_per_second"]
-    for way, measured in result["ways"].items():
-        speed, peak, above = (measured[name] for name in ("tokens_per_second", "peak_bytes", "above_models_bytes"))
-        lines.append(
-            f"| {way} | {WAYS[way]} | {speed:,.0f} | {speed / plain:.2f} | {peak / 1e9:.2f} | {above / 1e9:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main(options: argparse.Namespace, flags: list[str]) -> None:
     """Measures all ways in turns, checks that they computed the same losses, and writes the results."""
     ways = list(WAYS)
@@ -265,10 +248,7 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
         "ways": {way: {n: statistics.median(run[n] for run in runs[way]) for n in names} for way in ways},
         "runs": runs,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "train.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "train.md").write_text(markdown(result))
-    print(markdown(result))
+    results.save("train", result, options.output)
 
 
 if __name__ == "__main__":

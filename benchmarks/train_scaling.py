@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import results
 from random_chain import about
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -63,58 +64,6 @@ def measure(cases: list[dict[str, Any]], rounds: int, steps: int) -> list[dict[s
     ]
 
 
-def same(ours: dict[str, Any], plain: dict[str, Any]) -> bool:
-    """Whether two measurements are AnchorTrainer's and the plain loop's of one case."""
-    keys = ("vocabulary", "length", "processes")
-    return (ours["way"], plain["way"]) == WAYS and all(ours[key] == plain[key] for key in keys)
-
-
-def tables(result: dict[str, Any]) -> list[str]:
-    """The three tables, each under its heading."""
-    vocabulary, lines = result["length"][0]["vocabulary"], []
-    for name, title in (
-        ("vocabulary", f"Vocabulary, sequences of {LENGTH}"),
-        ("length", f"Length, vocabulary of {vocabulary:,}"),
-    ):
-        lines += [f"## {title}", ""]
-        lines += [f"| {name} | tokens/s | of the plain loop | above the models (GB) | of the plain loop |"]
-        lines += ["|--:|--:|--:|--:|--:|"]
-        speed, memory = "tokens_per_second", "above_models_bytes"
-        lines += [
-            f"| {ours[name]:,} | {ours[speed]:,.0f} | {ours[speed] / plain[speed]:.2f} | {ours[memory] / 1e9:.2f} "
-            f"| {ours[memory] / plain[memory]:.2f} |"
-            for ours in result[name]
-            for plain in result[name]
-            if same(ours, plain)
-        ]
-        lines.append("")
-    one = next(row for row in result["processes"] if row["processes"] == 1)
-    lines += [f"## Processes, vocabulary of {vocabulary:,}, sequences of {LENGTH}", ""]
-    lines += ["| processes | tokens/s | speed-up | peak of one (GB) |", "|--:|--:|--:|--:|"]
-    return lines + [
-        f"| {row['processes']} | {row['tokens_per_second']:,.0f} | "
-        f"{row['tokens_per_second'] / one['tokens_per_second']:.2f} | {row['peak_bytes'] / 1e9:.2f} |"
-        for row in result["processes"]
-    ]
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The page."""
-    about = result["about"]
-    lines = [
-        "# What training costs, against vocabulary, length and processes",
-        "",
-        "Written by `python benchmarks/train_scaling.py` from train_scaling.json. Student of 7 layers and feed-forward"
-        f" 576, teacher of 8 and 768, hidden size 256, tied, float32; {TOKENS:,} tokens a step; one thread a process; "
-        f"median of {result['rounds']}.",
-        "",
-        f"{about['machine']}, {about['memory_bytes'] / 2**30:.0f} GiB, torch {about['versions']['torch']}, "
-        f"transformers {about['versions']['transformers']}, commit {about['commit'][:10]}. {result['note']}".rstrip(),
-        "",
-    ]
-    return "\n".join([*lines, *tables(result)]) + "\n"
-
-
 def main(options: argparse.Namespace) -> None:
     """Measures and writes."""
     base = {"vocabulary": VOCABULARY, "length": LENGTH, "processes": 1}
@@ -127,10 +76,7 @@ def main(options: argparse.Namespace) -> None:
     }
     measured = {name: measure(some, options.rounds, options.steps) for name, some in cases.items()}
     result = {"about": about(), "note": options.note, "rounds": options.rounds, "steps": options.steps, **measured}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "train_scaling.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "train_scaling.md").write_text(markdown(result))
-    print(markdown(result))
+    results.save("train_scaling", result, options.output)
 
 
 if __name__ == "__main__":

@@ -132,12 +132,12 @@ def test_files_that_are_not_there_are_passed_over(script: Any, tmp_path: Path) -
 
 def test_rows_that_were_lost_are_named(script: Any) -> None:
     row = {"num_parameters": 1000, "interpolate": 3.0, "prune": 2.9, "paper": 3.1, "small anchor": 3.0}
-    lost = script("results").quickstart({"targets": [row]}, ROOT)[1]
+    lost = script("figures").lost("quickstart", {"targets": [row]})
     assert lost == [("quickstart", "1,000", "3.000", "prune", "2.900")]
     rows = [{"vocabulary": 10, "peak_against_plain": 0.25, "time_against_plain": 1.2}]
     way = {"peak_bytes": 1, "seconds": 1.0}
     rows[0] |= {"batch": 1, "length": 1, "plain": way, "chunked": way}  # type: ignore[dict-item]
-    lost = script("results").losses({"rows": rows}, ROOT)[1]
+    lost = script("figures").lost("losses", {"rows": rows})
     assert lost == [("chunked loss", "vocabulary 10", "1.20", "goal: time_against_plain", "1.1")]
 
 
@@ -152,16 +152,16 @@ def speed_row(cache: str, **ways: tuple[float, float, float]) -> dict[str, Any]:
 
 
 def test_goals_are_met_at_their_bounds_and_missed_beyond(script: Any) -> None:
-    goals = script("speed_tables").goals
+    goals = script("figures").goals
     kept = {"hand": (2.0, 9.0, 10.0), "mergekit": (3.0, 1.0, 1.0)}
     row = speed_row("warm", ours=(1.0, 9.0, 6.0), saved=(3.0, 9.0, 6.0), copy=(1.0 / 1.5, 1.0, 1.0), **kept)
     found = goals(row)
-    assert [met for _, met in found.values()] == [True] * 5
+    assert [met for _, met, _ in found.values()] == [True] * 5
     assert found["by hand / time"][0] == 2.0 and found["peak / by hand"][0] == 0.6
     row = speed_row("warm", ours=(1.01, 1.0, 6.1), saved=(3.1, 0.1, 6.1), copy=(1.0 / 1.5, 9.0, 1.0), **kept)
-    assert [met for _, met in goals(row).values()] == [False] * 5
+    assert [met for _, met, _ in goals(row).values()] == [False] * 5
     row = speed_row("cold", ours=(1.01, 1.0, 6.0), copy=(0.1, 0.1, 1.0), **kept)
-    assert {name: met for name, (_, met) in goals(row).items()} == {
+    assert {name: met for name, (_, met, _) in goals(row).items()} == {
         "time / copy": None,  # counts where the files are in the page cache
         "by hand / time": True,  # wall time decides where they are not
         "peak / by hand": True,
@@ -181,7 +181,7 @@ def test_speed_writes_its_figures_and_tables(script: Any, tmp_path: Path) -> Non
         for runs in row["runs"].values():
             assert all(run["wall"] > 0 and run["cpu"] >= 0 and run["peak"] >= 0 for run in runs)
     text = (tmp_path / "speed.md").read_text()
-    assert text == script("speed_tables").markdown(result)
+    assert text == script("results").page("speed", result)
     assert "A note." in text and ("pass" in text or "FAIL" in text) and "it was not installed" in text
 
 
@@ -202,7 +202,7 @@ def test_the_copy_bound_reads_every_byte_that_is_planned_and_no_other(script: An
 
 
 def test_exponents_and_the_cost_of_an_anchor_are_recovered(script: Any) -> None:
-    growth = script("growth")
+    growth = script("figures")
     rows = [{"parameters": n, "runs": [{"cpu": 3 * n**0.8, "peak": 2.0 * n}]} for n in (10, 100, 10_000)]
     assert growth.slope(rows, "cpu") == pytest.approx(0.8)
     assert growth.slope(rows, "peak") == pytest.approx(1)
@@ -217,7 +217,7 @@ def test_growth_writes_its_figures_tables_and_picture(script: Any, tmp_path: Pat
     assert [row["anchors"] for row in result["builds"]] == [1, 2]
     small, large = (row["parameters"] for row in result["from_chain"])
     assert small < large
-    assert (tmp_path / "growth.md").read_text() == script("growth").markdown(result)
+    assert (tmp_path / "growth.md").read_text() == script("results").page("growth", result)
     assert f"| {large:,} |" in (tmp_path / "growth.md").read_text()
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
@@ -230,5 +230,15 @@ def test_train_scaling_writes_its_figures_and_tables(script: Any, tmp_path: Path
     rows = [row for name in ("vocabulary", "length", "processes") for row in result[name]]
     assert len(rows) == 6 and all(row["tokens_per_second"] > 0 and row["peak_bytes"] > 0 for row in rows)
     text = (tmp_path / "train_scaling.md").read_text()
-    assert text == script("train_scaling").markdown(result)
+    assert text == script("results").page("train_scaling", result)
     assert text.count("\n| 64 |") == text.count("\n| 2 |") == 1
+
+
+# -- every script -----------------------------------------------------------------------------------------------------
+
+SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_starts_and_says_what_it_takes(name: str) -> None:
+    run(name, "--help")
