@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import results
+import results  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 
 from cbd_hub import Chain  # noqa: E402

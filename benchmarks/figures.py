@@ -235,7 +235,7 @@ def assembly_of_7b(measured: Row) -> list[list[str]]:
     return rows
 
 
-# -- downstream, bridges, training, alignment -------------------------------------------------------------------------------------
+# -- downstream, bridges, training, alignment -------------------------------------------------------------------------
 
 
 def by_size(figures: Row, what: str) -> list[Row]:
@@ -268,7 +268,7 @@ def paired(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
 
 
 def lost(name: str, data: Any) -> list[tuple[str, str, str, str, str]]:
-    """The rows of a file in which something else was better, or a goal was missed: where, row, ours, what, its figure."""
+    """Where something else was better, or a goal was missed: file, row, our figure, what was ahead, its figure."""
     found: list[tuple[str, str, str, str, str]] = []
 
     def compare(where: str, row: str, ours: float, rivals: Mapping[str, float], count: int = 3) -> None:

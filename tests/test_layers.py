@@ -35,6 +35,7 @@ ROOMS = [
 ]
 
 MAX_LINES = 400
+MAX_BENCHMARK_LINES = 4_000  # of all modules under benchmarks
 MEDIAN_LINES = 200
 MAX_MODULES = 10  # in a room, without its __init__
 NO_TORCH = (
@@ -189,3 +190,8 @@ def test_needs_no_torch(module: str) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
     assert loaded.stdout.split() == [], f"importing cbd_hub.{module} loads {loaded.stdout}"
+
+
+def test_benchmarks_stay_small() -> None:
+    paths = (PACKAGE.parent / "benchmarks").glob("*.py")
+    assert 0 < sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths) <= MAX_BENCHMARK_LINES
