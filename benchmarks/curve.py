@@ -2,9 +2,9 @@
 
 CHAIN is what ``make quickstart`` leaves (``quickstart-output/chain``). Each seed trains, for every pair: the anchor
 alone (N tokens), the anchor and its control point together (2 N), the control point alone beside the plain anchor (N),
-and each of a few sizes directly from the large anchor with parts of N. All are measured on the chain's test text at
-nine sizes a pair, with the large anchor pruned, pruned and refitted, and the paper's rule beside them. Figures go into
-docs/results/curve.json after each arm, and a call goes on from there; ``--report`` writes docs/results/curve.md.
+and each of a few sizes directly from the large anchor with parts of N. All are measured on 20,000 test
+tokens at nine sizes a pair, with the large anchor pruned, pruned and refitted, and the paper's rule beside them.
+Figures go into docs/results/curve.json after each arm, and a call goes on from there; ``--report`` writes curve.md.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Bench:
 
     def loss(self, model: PreTrainedModel) -> float:
         """Test loss, nats a token."""
-        return evaluate_loss(model, self.inputs.text.test, batch_size=16).loss  # type: ignore[union-attr]
+        return evaluate_loss(model, self.inputs.text.test, batch_size=16, max_tokens=20_000).loss  # type: ignore[union-attr]
 
     def train(self, student: PreTrainedModel, tokens: int, seed: int, curve: Curve | None = None, **kw: Any) -> None:
         """Distills in place."""

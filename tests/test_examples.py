@@ -31,7 +31,15 @@ def test_quickstart_ends_with_a_table_a_picture_and_figures(tmp_path: Path) -> N
     report = json.loads((tmp_path / "out" / "quickstart.json").read_text())
     assert len(report["targets"]) == 3
     for row in report["targets"]:
-        assert row.keys() == {"num_parameters", "interpolate", "prune", "paper", "random init", "small anchor"}
+        assert row.keys() == {
+            "num_parameters",
+            "bezier",
+            "interpolate",
+            "prune",
+            "paper",
+            "random init",
+            "small anchor",
+        }
         assert all(math.isfinite(value) for value in row.values())
         assert f"{row['interpolate']:.3f}" in done.stdout
         assert row["interpolate"] < row["random init"]
