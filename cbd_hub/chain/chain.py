@@ -292,7 +292,8 @@ def from_chain(
         num_parameters: Size, as an int or a string such as ``"138M"``; tied weights counted once.
         shape: Or the shape, in the architecture's own config fields. Exactly one of the two.
         alpha: Weight of the small anchor, 0..1; ``"auto"`` is 1 - r, r being the position between the anchors.
-        method: ``interpolate``, ``paper`` (zero filling, exactly the paper's), ``expand`` (small anchor only),
+        method: ``bezier`` (along the pair's learned curve), ``interpolate`` (the straight line), ``paper`` (zero
+            filling, exactly the paper's), ``expand`` (small anchor only),
             ``prune`` (large anchor only) or ``auto``.
         refine: Compare other ways to make it on calibration tokens that the chain ships, and keep the best
             (:mod:`cbd_hub.chain.refine`): a lower loss, for minutes instead of seconds at 100M parameters.

@@ -7,6 +7,7 @@ Text comes from files or from a dataset, on the Hub or on disk, and becomes *doc
 import glob
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -86,8 +87,12 @@ def read_source(
 
 
 def follow_hub_progress_setting() -> None:
-    """Silences the bars of `datasets`, which has a switch of its own, if ``HF_HUB_DISABLE_PROGRESS_BARS`` is set."""
-    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}:
+    """Silences the bars of `datasets`, which has a switch of its own, if ``HF_HUB_DISABLE_PROGRESS_BARS`` is set.
+
+    So does a standard error that is no terminal.
+    """
+    silenced = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}
+    if silenced or not sys.stderr.isatty():
         disable_progress_bars()
 
 

@@ -10,6 +10,8 @@ the way, and the best weights are the result; the start counts, so an anchor nev
 import copy
 import math
 import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from cbd_hub.losses.cross_vocabulary import Across
 from cbd_hub.losses.heads import kept_hidden
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.manifest.manifest import Training
+from cbd_hub.progress import stage_line
 from cbd_hub.training.curve import Curve
 from cbd_hub.training.settings import DistillationConfig
 from cbd_hub.training.trainer import AnchorTrainer, collate
@@ -125,7 +128,8 @@ def distill(
         train = train.select(_draw(len(train), arguments.max_steps * step, config.seed))
     silent = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "0").upper() in ("1", "ON", "YES", "TRUE")
     more: dict[str, Any] = {"train_dataset": train, "eval_dataset": validation}
-    more["callbacks"] = [_Progress()] if progress and not silent else []
+    more["callbacks"] = [_Progress()] if progress and not silent and sys.stderr.isatty() else []
+    begun = time.monotonic()
     wanted = {name: p.requires_grad for name, p in student.named_parameters()}
     if curve is not None:
         student.requires_grad_(curve.together)
@@ -154,6 +158,10 @@ def distill(
         student.eval()
         best.path.unlink(missing_ok=True)
     seen = int(trainer.state.num_input_tokens_seen)
+    if progress and not silent and not sys.stderr.isatty() and trainer.state.is_world_process_zero:
+        start, best_loss = best.found["start_loss"], best.found["best_loss"]
+        label = f"trained on {seen:,} tokens: validation loss {start:.3f} to {best_loss:.3f}"
+        stage_line(f"{label}, {time.monotonic() - begun:.0f} s")
     on_curve = 0 if curve is None else round(seen * curve.share)
     return Training(tokens=seen - on_curve, seed=config.seed, **best.found)
 

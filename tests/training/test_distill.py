@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,12 @@ def test_progress_is_a_bar_on_standard_error(
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     assert output() == ("", "")
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    assert output()[0] == ""
+    student, teacher, index_map = pair()
+    distill(student, teacher, *blocks, FAST, index_map=index_map, work_dir=tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()  # no terminal, so no bar
+    assert re.fullmatch(r"trained on 256 tokens: validation loss \d\.\d{3} to \d\.\d{3}, \d+ s", line)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     out, err = output()
     assert out == "" and "2/2" in err and "eval_loss=" in err
 
