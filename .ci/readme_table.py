@@ -10,7 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- quickstart:begin -->", "<!-- quickstart:end -->"
 NAMES = {
-    "interpolate": "interpolated",
+    "bezier": "on the curve",
+    "interpolate": "straight line",
     "small anchor": "small anchor",
     "prune": "pruned large anchor",
     "paper": "the paper's rule",

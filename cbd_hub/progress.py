@@ -49,7 +49,11 @@ def counter(
 
         yield add
     if not (on_terminal or are_progress_bars_disabled(_GROUP)):
-        amount = tqdm.format_sizeof(count, "B") if unit == "B" else f"{count} {unit}{'' if count == 1 else 'es' if unit.endswith('ch') else 's'}"
+        amount = (
+            tqdm.format_sizeof(count, "B")
+            if unit == "B"
+            else f"{count} {unit}{'' if count == 1 else 'es' if unit.endswith('ch') else 's'}"
+        )
         stage_line(f"{description}: {amount}, {time.monotonic() - start:.1f} s", enabled)
 
 
