@@ -14,6 +14,7 @@ __all__ = [
     "AxisMapError",
     "CbdError",
     "ChainNotFoundError",
+    "DiskFullError",
     "IntegrityError",
     "ManifestError",
     "OutputExistsError",
@@ -51,6 +52,10 @@ class UnknownArchitectureError(CbdError, KeyError):
 
     def __str__(self) -> str:  # KeyError would print the message's repr
         return str(self.args[0]) if self.args else ""
+
+
+class DiskFullError(CbdError, OSError):
+    """The disk, or the share of it that is allowed, is full."""
 
 
 class PrecisionError(CbdError, OverflowError):

@@ -1,5 +1,7 @@
 """Folders that appear whole or not at all, that one process works in at a time, and files copied as they are."""
 
+import errno
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,9 +10,11 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from cbd_hub.errors import OutputExistsError
+from cbd_hub.errors import DiskFullError, OutputExistsError
 
-__all__ = ["LOCK_NAME", "copy_files", "locked_folder", "whole_folder"]
+__all__ = ["LOCK_NAME", "clear_full_disk", "copy_files", "locked_folder", "whole_folder"]
+
+_FULL = r"No space left on device|Disk quota exceeded|File too large|os error (28|122|27)\b"
 
 LOCK_NAME = ".build/lock"
 """The file, inside a chain's folder, that whoever writes into it holds locked."""
@@ -74,3 +78,33 @@ def locked_folder(folder: Path, what: str, *, make: bool = True) -> Iterator[Non
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def clear_full_disk(folder: Path) -> Iterator[None]:
+    """Turns what a full disk raises, in whatever library, into one sentence.
+
+    Raises:
+        DiskFullError: The disk of the folder is full; what was finished stays.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(place).free
+        raise DiskFullError(
+            f"the disk of {place} is full ({free / 1e6:,.0f} MB are free, or a quota is used up); what was finished "
+            "stays: free some space and run the same command again"
+        ) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that of a full disk, a quota, or a limit of file sizes."""
+    while error is not None:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(_FULL, str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

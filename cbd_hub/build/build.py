@@ -35,7 +35,7 @@ from cbd_hub.build.students import curve_to_train, cut_student
 from cbd_hub.chain.chain import Chain
 from cbd_hub.errors import OutputExistsError, RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
-from cbd_hub.files import LOCK_NAME, locked_folder
+from cbd_hub.files import LOCK_NAME, clear_full_disk, locked_folder
 from cbd_hub.hub.load import load_model
 from cbd_hub.hub.read import Location
 from cbd_hub.interpolation.materialize import check_fits, parse_dtype, plain_defaults
@@ -339,7 +339,8 @@ def build_chain(
     output = Path(output_dir).expanduser()
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / STATE).is_dir())):
         raise OutputExistsError(f"{output} exists and holds no build; name a new folder (nothing was changed)")
-    with locked_folder(output, "start this one") if PartialState().is_main_process else nullcontext():
+    lock = locked_folder(output, "start this one") if PartialState().is_main_process else nullcontext()
+    with clear_full_disk(output), lock:
         chain = _build_chain(loaded, base, output, resume, progress)
     if PartialState().is_main_process and (hub := loaded.hub):  # outside of the lock, which publishing takes itself
         chain.push_to_hub(hub.repo_id, hub.private, license=hub.license, progress=progress)

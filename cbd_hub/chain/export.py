@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from cbd_hub.chain.chain import Chain
-from cbd_hub.files import copy_files, whole_folder
+from cbd_hub.files import clear_full_disk, copy_files, whole_folder
 from cbd_hub.hub import cards
 from cbd_hub.interpolation.plan import Plan
 
@@ -37,7 +37,7 @@ def write_model(
         OutputExistsError: The folder is not empty.
         IntegrityError: The chain's files are not what its manifest says.
     """
-    with whole_folder(folder) as temporary:
+    with clear_full_disk(Path(folder)), whole_folder(folder) as temporary:
         model = chain.initialize(plan, refine, dtype=dtype, progress=progress)
         model.save_pretrained(temporary)
         copy_files(chain.tokenizer_files, temporary)
