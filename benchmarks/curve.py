@@ -133,9 +133,10 @@ def report(results: dict[str, Any]) -> str:
     """Markdown: mean and standard deviation over seeds, one table a pair."""
     counts = " to ".join(map(str, sorted({len(seeds) for seeds in results["pairs"].values()})))
     lines = [
-        f"Held-out loss, nats a token, on 20,000 test tokens; N = {results['tokens']:,} training tokens; seeds: "
-        f"{counts}, with standard deviations where there are several. An anchor and its control point cost 2 N together, for all "
-        "sizes between; direct distillation costs its part of N for each size."
+        f"Held-out loss, nats a token, on 20,000 test tokens; N = {results['tokens']:,} training tokens; "
+        f"seeds: {counts}. "
+        "Standard deviations stand where there are several. An anchor and its control point cost 2 N together, for "
+        "all sizes between; direct distillation costs its part of N for each size."
     ]
     for pair, seeds in results["pairs"].items():
         names = list(dict.fromkeys(name for arms in seeds.values() for name in arms if not name.startswith("anchor")))
