@@ -236,9 +236,9 @@ class _Build:
         return anchor, own, saved["basis"]
 
     def _another(self, why: str) -> OutputExistsError:
-        changed = list_changes(self.state, self.recipe)
+        changed = f": {changes}" if (changes := list_changes(self.state, self.recipe)) else ""
         return OutputExistsError(
-            f"{self.output} holds a build of another recipe ({changed or why}); name another folder, put the recipe "
+            f"{self.output} holds a build of another recipe ({why}{changed}); name another folder, put the recipe "
             "back, or start over with resume=False (--no-resume)"
         )
 

@@ -607,5 +607,5 @@ def test_two_processes_build_what_one_does(tmp_path: Path) -> None:
 )
 def test_a_changed_recipe_names_the_key(tmp_path: Path, change: dict[str, Any], named: str) -> None:
     shutil.copytree(built_chain(), tmp_path / "chain")
-    with pytest.raises(OutputExistsError, match=f"another recipe .*{named}"):
+    with pytest.raises(OutputExistsError, match=f"another recipe .step . differs: .*{named}"):
         build_chain(tiny_recipe(**change), tmp_path / "chain", progress=False)
