@@ -5,6 +5,7 @@ warning. A source or a ready-made anchor that is loaded so would be another mode
 """
 
 import warnings
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def load_model(location: Location, dtype: torch.dtype | str = torch.float32) -> 
         ) from error
     model: PreTrainedModel = loaded[0].eval()
     _check_report(place, model, loaded[1])
-    _check_tied_head(place, model)
+    _check_tied_head(location, model)
     if model.generation_config is not None and (mended := mend_generation_config(model.generation_config)):
         warnings.warn(
             f"the generation config of {place!r} could not be saved again: {'; '.join(mended)}", stacklevel=2
@@ -126,18 +127,18 @@ def _check_report(place: str, model: PreTrainedModel, report: dict[str, Any]) ->
         raise RecipeError(f"weights of {place!r} have another shape than its config.json says: {first}")
 
 
-def _check_tied_head(place: str, model: PreTrainedModel) -> None:
-    """Refuses a folder whose config ties the head to the embedding while its files hold another head."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or not Path(place).is_dir() or not model.config.get_text_config().tie_word_embeddings:
+def _check_tied_head(location: Location, model: PreTrainedModel) -> None:
+    """Refuses a model whose config ties the head to the embedding while its files hold another head."""
+    head, embedding, place = model.get_output_embeddings(), model.get_input_embeddings(), location.place
+    if head is None or not model.config.get_text_config().tie_word_embeddings:
         return
     name = _name_of(model, head)
-    for path in Path(place).glob("*.safetensors"):
+    for path in (location.file(n) for n in location.names() if fnmatch(n, "*.safetensors") and "/" not in n):
         with safe_open(path, "pt") as file:
             if name not in file.keys():  # noqa: SIM118 (a reader, not a dict)
                 continue
             stored = file.get_tensor(name).float()
-        if not torch.equal(stored, model.get_parameter(_name_of(model, embedding)).detach()):
+        if not torch.equal(stored, model.get_parameter(_name_of(model, embedding)).detach().float()):
             raise RecipeError(
                 f"config.json of {place!r} ties {name} to the embedding, and its files hold another head; set "
                 "tie_word_embeddings to false, or save the model without the head"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_client import Client
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_config, tiny_model
 
@@ -142,3 +144,31 @@ def test_there_is_no_other_door() -> None:
             "AutoConfig.from_pretrained",
             "AutoTokenizer.from_pretrained",
         }, path
+
+
+HUB_CODE = """
+from huggingface_hub import HfApi
+from cbd_hub.hub.load import load_model
+from cbd_hub.hub.read import Location
+api = HfApi()
+api.create_repo("owner/m", exist_ok=True)
+api.upload_folder(repo_id="owner/m", folder_path=folder)
+try:
+    load_model(Location("owner/m"))
+    print(json.dumps("loaded"))
+except CbdError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_head_of_its_own_is_refused_from_the_hub_too(tmp_path: Path, other: bool) -> None:
+    folder = save(tmp_path / "m", tie_word_embeddings=True)
+    if other:
+        change(folder, lambda w: {**w, "lm_head.weight": w["model.embed_tokens.weight"] + 1})
+    with HubServer() as hub:
+        hub.add_user("owner", "hf_owner")
+        with Client(hub.environment(tmp_path / "home", "hf_owner")) as client:
+            done = client.run(HUB_CODE, folder=str(folder))
+    assert done.status == 0, done.err
+    assert ("ties lm_head.weight to the embedding" in done.value) if other else done.value == "loaded"
