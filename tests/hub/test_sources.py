@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 from hub_client import Client, Done
 from hub_server import Fault, HubServer
-from make_chain import add_tokenizer, make_chain, variant_model
+from make_chain import add_control_points, add_tokenizer, make_chain, variant_model
 
 from cbd_hub.chain.chain import Chain, from_chain
+from cbd_hub.interpolation.ranges import count_bytes
 
 LOAD = """
 import hashlib
@@ -152,6 +154,31 @@ def test_half_of_a_model_takes_half_of_the_bytes(hub: HubServer, client: Client,
     more = {"shape": {**shape, "num_hidden_layers": 5}, "method": "prune"}
     assert load(client, tmp_path / "cache", "owner/large", **more, revision=commit).value == digest(large, **more)
     assert 0 < sum(r.sent for r in hub.requests) <= 0.15 * whole
+
+
+def test_a_control_point_comes_in_ranges_too(hub: HubServer, client: Client, large: Path, tmp_path: Path) -> None:
+    """The layers that a size lacks are not fetched of it, and the model is the one made from whole files."""
+    shutil.copytree(large, tmp_path / "bent")
+    bent = add_control_points(tmp_path / "bent", rank=32)
+    push = "Chain.from_pretrained(folder).push_to_hub(repo, collection=False)"
+    assert client.run(push, folder=bent, repo="owner/bent").status == 0
+    chain = Chain.from_pretrained(bent)
+    shape = {**chain.manifest.anchors[0].shape, "num_hidden_layers": 5}
+    plan = chain.plan(shape=shape)
+    record = chain.manifest.anchors[1].control_point
+    assert plan.method == "bezier" and record is not None and record.file is not None
+    hub.clear()
+    assert load(client, tmp_path / "cache", "owner/bent", shape=shape).value == digest(bent, shape=shape)
+    wanted = sum(map(count_bytes, plan.needed_control.values()))
+    assert 0.3 * record.file.size < wanted < 0.8 * record.file.size
+    assert [r for r in hub.requests if "control_points/" in r.path]
+    assert not [r for r in hub.requests if r.method == "GET" and r.sent == record.file.size]  # never whole
+    sent = sum(r.sent for r in hub.requests if r.range)
+    assert wanted <= sent <= plan.bytes_to_fetch + 3 * (1 << 17) + 60_000  # first parts of three files on top
+    hub.clear()  # at an anchor's own size nothing of it is asked for
+    size = {"num_parameters": chain.anchors[1].num_parameters}
+    assert load(client, tmp_path / "other", "owner/bent", **size).value == digest(bent, **size)
+    assert not [r for r in hub.requests if "control_points/" in r.path]
 
 
 def test_blocks_that_interpolation_does_not_need(hub: HubServer, client: Client, large: Path, tmp_path: Path) -> None:
