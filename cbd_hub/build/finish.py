@@ -19,7 +19,7 @@ from cbd_hub.manifest import manifest as manifests
 from cbd_hub.manifest.index_maps import IndexMap, save_index_maps
 from cbd_hub.manifest.manifest import Anchor, Bridge, FileEntry, Manifest
 
-__all__ = ["BRIDGE_RECORD", "STATE", "describe_chain", "finish_chain", "write_checksums"]
+__all__ = ["BRIDGE_RECORD", "STATE", "finish_chain", "measure_chain", "write_checksums", "write_description"]
 
 STATE = ".build"
 """Folder, inside a chain's, of the records that a build goes on from."""
@@ -84,7 +84,7 @@ def finish_chain(
         recipe=recipe.model_dump(mode="json", exclude_none=True, exclude={"axis_map", "hub"}),
         versions={library: version(library) for library in _LIBRARIES},
     )
-    describe_chain(manifest, inputs, folder, progress)
+    write_description(measure_chain(manifest, inputs, folder, progress), folder)
 
 
 def write_checksums(folder: Path, anchors: list[Anchor]) -> FileEntry:
@@ -103,22 +103,30 @@ def write_checksums(folder: Path, anchors: list[Anchor]) -> FileEntry:
     return manifests.file_entry(path)
 
 
-def describe_chain(manifest: Manifest, inputs: BuildInputs, folder: Path, progress: bool = True) -> None:
-    """Measures barriers and curve, draws the plot, and writes the cards and, last, ``chain.json``.
+def measure_chain(manifest: Manifest, inputs: BuildInputs, folder: Path, progress: bool = True) -> Manifest:
+    """Measures barriers and curve, draws the plot, and returns the manifest with what was found.
 
     Args:
         manifest: All that is known of the chain but what is measured here.
-        inputs: The recipe with its text.
+        inputs: The recipe with its text; without text nothing is measured.
         folder: Folder of the chain.
         progress: Show progress bars.
+
+    Cost: five models a pair are made and evaluated, and one or two for each of ``evaluation.curve_points``.
     """
-    if inputs.text is not None and (per_pair := inputs.recipe.evaluation.curve_points):
-        place, most = Location(str(folder)), inputs.recipe.evaluation.tokens
-        anchors = measure_barriers(Chain(place, manifest), inputs.validation or [], most, progress)
-        manifest = manifest.model_copy(update={"anchors": anchors})
-        curve = measure_curve(Chain(place, manifest), inputs.text.test, per_pair, most, progress)
-        manifest = manifest.model_copy(update={"curve": curve})
-        plot_chain(manifest, folder / "size_loss.png")
+    if inputs.text is None or not (per_pair := inputs.recipe.evaluation.curve_points):
+        return manifest
+    place, most = Location(str(folder)), inputs.recipe.evaluation.tokens
+    anchors = measure_barriers(Chain(place, manifest), inputs.validation or [], most, progress)
+    manifest = manifest.model_copy(update={"anchors": anchors})
+    curve = measure_curve(Chain(place, manifest), inputs.text.test, per_pair, most, progress)
+    manifest = manifest.model_copy(update={"curve": curve})
+    plot_chain(manifest, folder / "size_loss.png")
+    return manifest
+
+
+def write_description(manifest: Manifest, folder: Path) -> None:
+    """Writes the cards of a chain and of its anchors, and ``chain.json`` last."""
     cards.chain_card(manifest, folder=folder).save(folder / "README.md")
     for anchor in manifest.anchors:
         cards.anchor_card(manifest, anchor).save(folder / "anchors" / anchor.name / "README.md")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from cbd_hub.build.finish import STATE, describe_chain, write_checksums
+from cbd_hub.build.finish import STATE, measure_chain, write_checksums, write_description
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import Recipe, load_recipe
 from cbd_hub.build.students import curve_to_train
@@ -80,12 +80,11 @@ def _fit_all(opened: Chain, inputs: BuildInputs, config: AnchorDistillation, pro
     for large, small in zip(opened.manifest.anchors, opened.manifest.anchors[1:], strict=False):
         anchors.append(small if small.bent else _fit(opened, inputs, config, large, small, progress))
     if PartialState().is_main_process:
-        update = {
-            "anchors": anchors,
-            "format": Manifest.needed_format(anchors),
-            "checksums": write_checksums(folder, anchors),
-        }
-        describe_chain(opened.manifest.model_copy(update=update), inputs, folder, progress)
+        # measured by the files' own hashes: the chain's checksums stay until its manifest is written as well
+        update = {"anchors": anchors, "format": Manifest.needed_format(anchors), "checksums": None}
+        measured = measure_chain(opened.manifest.model_copy(update=update), inputs, folder, progress)
+        checksums = write_checksums(folder, anchors)
+        write_description(measured.model_copy(update={"checksums": checksums}), folder)
         for record in (folder / STATE).glob("curve-*.json"):
             record.unlink()
     PartialState().wait_for_everyone()

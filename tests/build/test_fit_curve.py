@@ -58,23 +58,31 @@ def test_anchors_stay_and_the_manifest_says_what_was_done(folder: Path) -> None:
     assert again.manifest.anchors == chain.manifest.anchors
 
 
-def test_a_killed_call_is_finished_to_the_same_bytes(plain: Path, folder: Path, tmp_path: Path) -> None:
+KILLED = """
+import sys, os, signal
+from cbd_hub.build import fit_curve as module
+wanted, folder = sys.argv[1:]
+work = getattr(module, wanted)
+def once(*arguments):
+    result = work(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(module, wanted, once)
+module.fit_curve(folder, progress=False, tokens=2048, learning_rate=1e-2)
+"""
+
+
+@pytest.mark.parametrize("moment", ["_fit", "measure_chain"])
+def test_a_killed_call_is_finished_to_the_same_bytes(plain: Path, folder: Path, tmp_path: Path, moment: str) -> None:
     shutil.copytree(plain, tmp_path / "whole")
     options = {"tokens": 2048, "learning_rate": 1e-2}
     fit_curve(tmp_path / "whole", **options, progress=False)
-    code = (
-        "import sys, os, signal; from pathlib import Path; from cbd_hub.build import fit_curve as module\n"
-        "fit = module._fit\n"
-        "def once(*a):\n"
-        "    entry = fit(*a)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "module._fit = once\n"
-        f"module.fit_curve(sys.argv[1], progress=False, **{options})"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True)
+    done = subprocess.run([sys.executable, "-c", KILLED, moment, str(folder)], capture_output=True)
     assert done.returncode == -9
-    assert len(list((folder / ".build").glob("curve-*.json"))) == 1
-    assert Chain.from_pretrained(folder).manifest.format == 1  # the chain is as it was until all is done
+    assert len(list((folder / ".build").glob("curve-*.json"))) == (1 if moment == "_fit" else 2)
+    before = Chain.from_pretrained(folder)  # the chain is as it was until all is done, and can be used
+    assert before.manifest.format == 1
+    size = (before.anchors[0].num_parameters + before.anchors[1].num_parameters) // 2
+    assert from_chain(folder, num_parameters=size, tolerance=0.1).config.cbd_hub["method"] == "interpolate"
     fit_curve(folder, **options, progress=False)
     assert digests(folder) == digests(tmp_path / "whole")
 
