@@ -191,6 +191,15 @@ class AxisMap:
         """Returns the matrices that read units of ``axis`` and write the residual stream (down_proj for ``ffn``)."""
         return [p for p in self.tensors if "*" in p and self.writes(p) and axis in self.layout(p).axes - {"hidden"}]
 
+    def is_bent(self, pattern: str) -> bool:
+        """Whether a control point bends a tensor: matrices of layers and every vector, not embeddings and heads."""
+        return "*" in pattern or len(self.layout(pattern).dims) == 1
+
+    def largest_rank(self, sizes: Mapping[str, int]) -> int:
+        """Returns the smaller side of the smallest matrix that is bent: more would store more than the matrix."""
+        shapes = [self.layout(p).shape(sizes) for p in self.tensors if self.is_bent(p)]
+        return min(min(shape) for shape in shapes if len(shape) == 2)
+
     @property
     def rotatable(self) -> bool:
         """Whether the residual stream can be rotated exactly: RMSNorm whose every gain over it can be folded."""

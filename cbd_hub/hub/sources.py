@@ -4,7 +4,8 @@ Weights come from a whole file where one is at hand or nearly all of it is neede
 that a plan needs. Either way the headers are checked before a weight is read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -87,38 +88,13 @@ def open_checkpoint(
         IntegrityError: Damaged files, or other tensors than the manifest says.
         ChainNotFoundError: A file that cannot be fetched.
     """
-    names = weight_files(anchor)
-    some = needed is not None and not nearly_all(anchor, needed)
-    paths: list[Path] = []
-    partly: dict[str, Sequence[Run]] = {}
-    try:
-        for name in names:
-            entry = anchor.files[name]
-            path = place.cached(name)
-            if path is None and some and checksums is not None and needed is not None:
-                with dropping_damage(place):
-                    path, held = _fetch_needed(place, name, entry, axis_map, needed, progress)
-                partly |= held
-            path = path or place.file(name)
-            if path.stat().st_size != entry.size:
-                raise IntegrityError(
-                    f"{name} has {path.stat().st_size} bytes; the manifest says {entry.size}: the file is damaged or "
-                    "incomplete, fetch it again",
-                    path,
-                )
-            paths.append(path)
-        checkpoint = Checkpoint(paths, axis_map, checksums, partly)
+    files = {name: anchor.files[name] for name in weight_files(anchor)}
+    if needed is not None and nearly_all(anchor, needed):
+        needed = None
+    with _naming(place, f"anchor {anchor.name!r}"):
+        checkpoint, paths = _open(place, files, axis_map, checksums, needed, progress)
         checkpoint.check(axis_map.sizes(anchor.shape), parse_dtype(anchor.dtype))
-        if checksums is None:  # no digest a tensor: then of the whole files, whose headers were found right first
-            for name, path in zip(names, paths, strict=True):
-                manifests.check_file(path, anchor.files[name])
-    except IntegrityError as error:
-        place.forget(error.path)
-        raise IntegrityError(f"anchor {anchor.name!r}: {error}", error.path) from None
-    except ChainNotFoundError as error:
-        if place.is_local:
-            raise IntegrityError(f"anchor {anchor.name!r}: {error}") from None
-        raise
+        _check_whole(paths, files, checksums)
     return checkpoint
 
 
@@ -146,34 +122,65 @@ def open_control_point(
         IntegrityError: A damaged file, or one of another pair.
         ChainNotFoundError: It cannot be fetched.
     """
-    name, record = f"{anchor.control_point_name}.safetensors", anchor.control_point
-    if record is None or record.file is None:
+    if anchor.control_point is None or anchor.control_point.file is None:
         raise IntegrityError(f"the pair of anchor {anchor.name!r} has no control point")
-    partly: dict[str, Sequence[Run]] = {}
+    files = {f"{anchor.control_point_name}.safetensors": anchor.control_point.file}
+    with _naming(chain, f"control point of anchor {anchor.name!r}"):
+        checkpoint, paths = _open(chain, files, None, checksums, needed, progress)
+        checkpoint.check_shapes(shapes, dtype)
+        _check_whole(paths, files, checksums)
+    return checkpoint
+
+
+@contextmanager
+def _naming(place: Location, what: str) -> Iterator[None]:
+    """Errors say which files they are about; a fetched file that is damaged is dropped."""
     try:
-        path = chain.cached(name)
+        yield
+    except IntegrityError as error:
+        place.forget(error.path)
+        raise IntegrityError(f"{what}: {error}", error.path) from None
+    except ChainNotFoundError as error:
+        if place.is_local:
+            raise IntegrityError(f"{what}: {error}") from None
+        raise
+
+
+def _open(
+    place: Location,
+    files: Mapping[str, FileEntry],
+    axis_map: AxisMap | None,
+    checksums: Mapping[str, Digest] | None,
+    needed: NeededRuns | None,
+    progress: bool,
+) -> tuple[Checkpoint, list[Path]]:
+    """Opens files whose sizes are the manifest's: cached ones whole, others in ranges where ``needed`` says which."""
+    paths: list[Path] = []
+    partly: dict[str, Sequence[Run]] = {}
+    for name, entry in files.items():
+        path = place.cached(name)
         if path is None and checksums is not None and needed is not None:
-            with dropping_damage(chain):
-                path, partly = _fetch_needed(chain, name, record.file, None, needed, progress)
-        path = path or chain.file(name)
-        if path.stat().st_size != record.file.size:
+            with dropping_damage(place):
+                path, held = _fetch_needed(place, name, entry, axis_map, needed, progress)
+            partly |= held
+        path = path or place.file(name)
+        if path.stat().st_size != entry.size:
             raise IntegrityError(
-                f"{name} has {path.stat().st_size} bytes; the manifest says {record.file.size}: the file is damaged "
-                "or incomplete, fetch it again",
+                f"{name} has {path.stat().st_size} bytes; the manifest says {entry.size}: the file is damaged or "
+                "incomplete, fetch it again",
                 path,
             )
-        checkpoint = Checkpoint([path], None, checksums, partly)
-        checkpoint.check_shapes(shapes, dtype)
-        if checksums is None:
-            manifests.check_file(path, record.file)
-    except IntegrityError as error:
-        chain.forget(error.path)
-        raise IntegrityError(f"control point of anchor {anchor.name!r}: {error}", error.path) from None
-    except ChainNotFoundError as error:
-        if chain.is_local:
-            raise IntegrityError(f"control point of anchor {anchor.name!r}: {error}") from None
-        raise
-    return checkpoint
+        paths.append(path)
+    return Checkpoint(paths, axis_map, checksums, partly), paths
+
+
+def _check_whole(
+    paths: Sequence[Path], files: Mapping[str, FileEntry], checksums: Mapping[str, Digest] | None
+) -> None:
+    """Where no tensor has a digest: checks whole files, whose headers were found right first."""
+    if checksums is None:
+        for path, entry in zip(paths, files.values(), strict=True):
+            manifests.check_file(path, entry)
 
 
 def reader(place: Location, checkpoint: Checkpoint) -> Read:

@@ -15,10 +15,9 @@ import numpy as np
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes, count_parameters
 from cbd_hub.errors import RecipeError
-from cbd_hub.interpolation.operations import is_bent
 from cbd_hub.interpolation.pair import Pair
 
-__all__ = ["LARGEST_SHARE", "choose_rank", "factor_names", "factor_shapes", "largest_rank", "leading_rows"]
+__all__ = ["LARGEST_SHARE", "choose_rank", "factor_names", "factor_shapes", "leading_rows"]
 
 LARGEST_SHARE = 0.075
 """Share of the large anchor's numbers that a control point of the default rank may have."""
@@ -26,7 +25,7 @@ LARGEST_SHARE = 0.075
 
 def factor_names(axis_map: AxisMap, pattern: str, name: str) -> tuple[str, ...]:
     """Returns the names under which the control point stores a tensor, one a dimension; none where it is not bent."""
-    if not is_bent(axis_map, pattern):
+    if not axis_map.is_bent(pattern):
         return ()
     return (name,) if len(axis_map.layout(pattern).dims) == 1 else (f"{name}.rows", f"{name}.columns")
 
@@ -41,12 +40,6 @@ def factor_shapes(pair: Pair, rank: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def largest_rank(axis_map: AxisMap, large: Sizes) -> int:
-    """Returns the smaller side of the smallest matrix that is bent: a higher rank would store more than the matrix."""
-    layouts = [axis_map.layout(p) for p in axis_map.tensors if is_bent(axis_map, p)]
-    return min(min(layout.shape(large)) for layout in layouts if len(layout.dims) == 2)
-
-
 def choose_rank(pair: Pair, rank: int | None = None) -> int:
     """Returns the rank of a pair's control point.
 
@@ -55,9 +48,9 @@ def choose_rank(pair: Pair, rank: int | None = None) -> int:
         rank: What was asked for; None is 32, or as much as :data:`LARGEST_SHARE` allows.
 
     Raises:
-        RecipeError: The rank is above :func:`largest_rank`.
+        RecipeError: The rank is above :meth:`cbd_hub.axes.axis_map.AxisMap.largest_rank`.
     """
-    most = largest_rank(pair.axis_map, pair.large)
+    most = pair.axis_map.largest_rank(pair.large)
     if rank is not None:
         if not 1 <= rank <= most:
             raise RecipeError(

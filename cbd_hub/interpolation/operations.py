@@ -17,7 +17,6 @@ from cbd_hub.manifest.index_maps import IndexMap
 
 __all__ = [
     "TensorOp",
-    "is_bent",
     "list_operations",
 ]
 
@@ -110,15 +109,10 @@ def list_operations(
                 large_scale=1.0 if plain else _large_scale(axis_map, pattern, large_layer, large, target, index_map),
                 small_scale=1.0 if plain else _small_scale(axis_map, pattern, small, target),
                 mean_axis="hidden" if method == "expand" and _mean_filled(axis_map, pattern) else None,
-                bend=4 * alpha * (1 - alpha) if method == "bezier" and is_bent(axis_map, pattern) else 0.0,
+                bend=4 * alpha * (1 - alpha) if method == "bezier" and axis_map.is_bent(pattern) else 0.0,
             )
         )
     return tuple(operations)
-
-
-def is_bent(axis_map: AxisMap, pattern: str) -> bool:
-    """Whether a control point bends a tensor: the matrices of layers and every vector, not embeddings and heads."""
-    return "*" in pattern or len(axis_map.layout(pattern).dims) == 1
 
 
 def _own_weight(axis_map: AxisMap, pattern: str, has_partner: bool, own_weight: float) -> float:

@@ -9,7 +9,16 @@ from torch import Tensor
 from cbd_hub.errors import RecipeError
 from cbd_hub.losses.chunked import wide_dtype
 
-__all__ = ["hidden_state_loss"]
+__all__ = ["ends_of_blocks", "hidden_state_loss"]
+
+
+def ends_of_blocks(kept: Sequence[int], count: int) -> list[int]:
+    """Returns, for every kept layer, the last layer of the block that it stands for.
+
+    The kept layers k_0 < k_1 < ... cut ``count`` layers into blocks: layer j stands for the layers k_j to k_{j+1} - 1,
+    and the last block ends with the teacher.
+    """
+    return [following - 1 for following in kept[1:]] + [count - 1]
 
 
 def hidden_state_loss(

@@ -299,13 +299,11 @@ class Manifest(Strict):
                     raise ValueError(f"anchor {anchor.name!r}: layer_order is no permutation of its parent's layers")
                 if order is not None and sorted(order[: sizes["layers"]]) != order[: sizes["layers"]]:
                     raise ValueError(f"anchor {anchor.name!r}: the kept layers of layer_order must ascend")
-                if (control := anchor.control_point) is not None:
-                    bent = [axis_map.layout(p).shape(large) for p in axis_map.tensors if "*" in p]
-                    if control.rank > (most := min(min(shape) for shape in bent if len(shape) == 2)):
-                        raise ValueError(
-                            f"anchor {anchor.name!r}: its control point has rank {control.rank}; at most {most} is "
-                            "possible"
-                        )
+                most, control = axis_map.largest_rank(large), anchor.control_point
+                if control is not None and control.rank > most:
+                    raise ValueError(
+                        f"anchor {anchor.name!r}: its control point has rank {control.rank}; at most {most} is possible"
+                    )
             previous = anchor
         if self.format != self.needed_format(self.anchors):
             raise ValueError(f"a chain with these anchors has format {self.needed_format(self.anchors)}")

@@ -29,6 +29,7 @@ from cbd_hub.interpolation.operations import TensorOp, list_operations
 from cbd_hub.interpolation.pair import Pair
 from cbd_hub.interpolation.tensors import region_of
 from cbd_hub.losses.heads import kept_hidden
+from cbd_hub.losses.hidden_states import ends_of_blocks
 from cbd_hub.manifest.manifest import CONTROL_POINTS_NAME, file_entry
 from cbd_hub.manifest.records import ControlPoint
 from cbd_hub.text.documents import Documents
@@ -211,8 +212,7 @@ class Curve:
 
     def ends(self, point: Point) -> list[int]:
         """Returns the layer of the large anchor that each layer of a point stands for the block up to."""
-        layers = self.pair.layers(point.sizes["layers"])
-        return [following - 1 for following in layers[1:]] + [self.pair.large["layers"] - 1]
+        return ends_of_blocks(self.pair.layers(point.sizes["layers"]), self.pair.large["layers"])
 
     def kept(self, point: Point) -> Tensor | None:
         """Returns the large anchor's hidden coordinates of a point, in its order; None for all in order."""

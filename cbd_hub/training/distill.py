@@ -25,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from cbd_hub.errors import RecipeError
 from cbd_hub.losses.cross_vocabulary import Across
 from cbd_hub.losses.heads import kept_hidden
+from cbd_hub.losses.hidden_states import ends_of_blocks
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.manifest.manifest import Training
 from cbd_hub.progress import stage_line
@@ -48,16 +49,13 @@ _CHECKPOINTING = "activation" if hasattr(TrainingArguments, "activation_checkpoi
 def block_ends(index_map: IndexMap, small_layers: int, large_layers: int) -> list[int]:
     """Returns, for every student layer, the last teacher layer of the block that it stands for.
 
-    The kept layers k_0 < k_1 < ... cut the teacher into blocks: layer j stands for the layers k_j to k_{j+1} - 1.
-    The last block ends with the teacher.
-
     Raises:
         RecipeError: The map's first layers are not as many ascending ones.
     """
     kept = [int(layer) for layer in index_map.layers[:small_layers]]
     if len(kept) != small_layers or sorted(set(kept)) != kept or not kept or kept[-1] >= large_layers:
         raise RecipeError(f"The kept layers {kept} are not {small_layers} ascending layers of {large_layers}.")
-    return [following - 1 for following in kept[1:]] + [large_layers - 1]
+    return ends_of_blocks(kept, large_layers)
 
 
 def distill(

@@ -17,8 +17,7 @@ from torch import Tensor
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.chain.chain import Chain, from_chain
 from cbd_hub.errors import CbdError, IntegrityError, ManifestError, RecipeError, SizeError
-from cbd_hub.interpolation.control_points import choose_rank, factor_shapes, largest_rank
-from cbd_hub.interpolation.operations import is_bent
+from cbd_hub.interpolation.control_points import choose_rank, factor_shapes
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest.manifest import MANIFEST_NAME, read_manifest
 
@@ -76,7 +75,7 @@ def test_the_formula(tmp_path: Path, variant: str) -> None:
         assert [op.name for op in plan.operations] == [op.name for op in straight_plan.operations]
         for op in plan.operations:
             expected = straight[op.name].double().numpy()
-            if is_bent(axis_map, op.pattern):
+            if axis_map.is_bent(op.pattern):
                 assert op.large_name is not None
                 whole = in_natural_units(chain, plan, factors, op.large_name, axis_map)
                 layout, taken = axis_map.layout(op.pattern), plan.pair.taken(op, plan.sizes)
@@ -196,7 +195,7 @@ def test_the_default_rank_keeps_to_its_share() -> None:
         numbers = sum(int(np.prod(shape)) for shape in factor_shapes(pair, chosen).values())
         assert numbers <= 0.08 * count_parameters(axis_map, pair.large)
         assert rank is None or chosen == rank
-        most = largest_rank(axis_map, pair.large)
+        most = axis_map.largest_rank(pair.large)
         assert choose_rank(pair, most) == most
         for wrong in (0, -1, most + 1):
             with pytest.raises(RecipeError, match=rf"rank is {wrong}; allowed: 1 to {most}"):
