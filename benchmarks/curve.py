@@ -69,8 +69,8 @@ class Bench:
         config = self.recipe.distillation.model_copy(
             update={"tokens": tokens if together else 0, "seed": seed, "control_point": control}
         )
-        step = config.batch_size * self.recipe.data.sequence_length  # type: ignore[union-attr]
-        found = curve_to_train(student, self.large, self.pair, config, True, step)
+        length = self.recipe.data.sequence_length  # type: ignore[union-attr]
+        found = curve_to_train(student, self.large, self.pair, config, True, length)
         if found is None:
             raise SystemExit("the pair has no size between its anchors")
         return found

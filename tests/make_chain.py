@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny_models import VARIANTS, tiny_config, tiny_model
 from transformers import PreTrainedModel
 
@@ -22,7 +22,7 @@ from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import count_parameters
 from cbd_hub.chain.refine import save_calibration
-from cbd_hub.interpolation.checkpoints import checksum, checksum_file
+from cbd_hub.interpolation.checkpoints import checksum_file
 from cbd_hub.interpolation.control_points import factor_shapes
 from cbd_hub.interpolation.materialize import blend, build_model, target_config
 from cbd_hub.interpolation.operations import list_operations
@@ -199,11 +199,7 @@ def refresh(folder: Path) -> None:
     for anchor in data["anchors"]:
         place = folder / anchor["subfolder"]
         anchor["files"] = {p.name: file_entry(p).model_dump() for p in sorted(place.iterdir())}
-        digests[anchor["name"]] = {
-            key: checksum(value.contiguous().view(torch.uint8).numpy().data)
-            for file in sorted(place.glob("*.safetensors"))
-            for key, value in load_file(file).items()
-        }
+        digests[anchor["name"]] = checksum_file(place, [p.name for p in sorted(place.glob("*.safetensors"))])
         control = folder / CONTROL_POINTS_NAME / f"{anchor['name']}.safetensors"
         if control.exists():
             anchor["control_point"]["file"] = file_entry(control).model_dump()

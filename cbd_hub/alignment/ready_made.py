@@ -9,24 +9,25 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.alignment.align import align
 from cbd_hub.axes.architectures import axis_map_for
-from cbd_hub.axes.axis_map import AxisMap
+from cbd_hub.axes.axis_map import WITHOUT_EFFECT, AxisMap
 from cbd_hub.axes.sizing import Sizes
 from cbd_hub.errors import RecipeError
 from cbd_hub.manifest.index_maps import IndexMap
 
-__all__ = ["check_layers", "check_neighbors", "check_tokenizers", "load_ready_made", "positional_map"]
+__all__ = [
+    "READING_SAMPLE",
+    "check_layers",
+    "check_neighbors",
+    "check_tokenizers",
+    "load_ready_made",
+    "positional_map",
+]
 
-_SAMPLE = "The 3 quick brown foxes  aren't jumping over 12.5 lazy dogs;\n\tna\u00efve caf\u00e9s \u4e2d\u6587."
+READING_SAMPLE = "The 3 quick brown foxes  aren't jumping over 12.5 lazy dogs;\n\tna\u00efve caf\u00e9s \u4e2d\u6587."
+"""Text that tokenizers split in different ways."""
+
 _SAME_ACTIVATION = {"swish": "silu"}
-_WITHOUT_EFFECT = frozenset(
-    "_name_or_path architectures dtype torch_dtype transformers_version id2label label2id num_labels problem_type "
-    "return_dict output_attentions output_hidden_states use_cache cache_implementation initializer_range init_std "
-    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id chunk_size_feed_forward "
-    "attention_dropout hidden_dropout classifier_dropout dropout resid_pdrop embd_pdrop attn_pdrop layerdrop "
-    "auto_map tokenizer_class model_type task_specific_params cbd_hub pretraining_tp max_position_embeddings "
-    "_attn_implementation attn_implementation reorder_and_upcast_attn tie_word_embeddings vocab_size "
-    "max_window_layers prefix is_llama_config head_dim".split()
-)
+_WITHOUT_EFFECT = WITHOUT_EFFECT | {"pretraining_tp", "max_window_layers", "vocab_size", "head_dim"}
 """Config fields that leave the function alone, or that sizes and tensors settle already."""
 
 
@@ -123,17 +124,14 @@ def check_tokenizers(own: Tokenizer, other: Tokenizer, name: str) -> None:
     others = {i: token for token, i in other.get_vocab().items()}
     both = sorted(tokens.keys() & others.keys())
     wrong = [i for i in both if tokens[i] != others[i]]
-    if not wrong and own.encode(_SAMPLE, add_special_tokens=False) == other.encode(_SAMPLE, add_special_tokens=False):
+    first, second = (tokenizer.encode(READING_SAMPLE, add_special_tokens=False) for tokenizer in (own, other))
+    if not wrong and first == second:
         return
     shown = ", ".join(f"{i} is {tokens[i]!r} instead of {others[i]!r}" for i in wrong[:3])
+    why = f"{len(wrong)} of {len(both)} ids stand for other tokens ({shown})" if wrong else "it splits text otherwise"
     raise RecipeError(
-        f"the tokenizer of {name!r} is not the chain's: "
-        + (
-            f"{len(wrong)} of {len(both)} ids stand for other tokens ({shown})"
-            if wrong
-            else "it splits text otherwise"
-        )
-        + ". Averaging embeddings of different tokens makes noise; name a checkpoint with the same tokenizer"
+        f"the tokenizer of {name!r} is not the chain's: {why}. Averaging embeddings of different tokens makes noise; "
+        "name a checkpoint with the same tokenizer"
     )
 
 

@@ -20,19 +20,24 @@ from pydantic import TypeAdapter, ValidationError
 from cbd_hub.axes.grammar import Layout, Part, parse, product
 from cbd_hub.errors import AxisMapError, did_you_mean
 
-__all__ = ["AxisMap"]
+__all__ = ["WITHOUT_EFFECT", "AxisMap"]
 
-_FREE = frozenset(
+WITHOUT_EFFECT = frozenset(
     "_name_or_path architectures dtype torch_dtype transformers_version id2label label2id num_labels "
     "problem_type return_dict output_attentions output_hidden_states output_attention use_cache "
     "cache_implementation initializer_range init_std bos_token_id eos_token_id pad_token_id sep_token_id "
     "decoder_start_token_id chunk_size_feed_forward attention_dropout hidden_dropout classifier_dropout "
-    "dropout resid_pdrop embd_pdrop attn_pdrop layerdrop max_position_embeddings rms_norm_eps layer_norm_eps "
-    "layer_norm_epsilon rope_parameters rope_theta rope_scaling rope_local_base_freq partial_rotary_factor "
-    "auto_map tokenizer_class _num_labels hidden_act hidden_activation activation_function tie_word_embeddings "
+    "dropout resid_pdrop embd_pdrop attn_pdrop layerdrop max_position_embeddings "
+    "auto_map tokenizer_class _num_labels tie_word_embeddings "
     "model_type is_llama_config transformers.js_config unsloth_fixed task_specific_params cbd_hub "
     "_attn_implementation attn_implementation _attn_implementation_internal _experts_implementation "
     "reorder_and_upcast_attn prefix".split()
+)
+"""Config fields that leave the tensors and the function alone in every family."""
+
+_FREE = WITHOUT_EFFECT | frozenset(
+    "rms_norm_eps layer_norm_eps layer_norm_epsilon rope_parameters rope_theta rope_scaling rope_local_base_freq "
+    "partial_rotary_factor hidden_act hidden_activation activation_function".split()
 )
 """Config fields that leave the tensors, and the way widths and layers enter the maths, alone in every family."""
 
@@ -198,7 +203,7 @@ class AxisMap:
     def largest_rank(self, sizes: Mapping[str, int]) -> int:
         """Returns the smaller side of the smallest matrix that is bent: more would store more than the matrix."""
         shapes = [self.layout(p).shape(sizes) for p in self.tensors if self.is_bent(p)]
-        return min(min(shape) for shape in shapes if len(shape) == 2)
+        return min((min(shape) for shape in shapes if len(shape) == 2), default=0)
 
     @property
     def rotatable(self) -> bool:

@@ -161,8 +161,7 @@ class _Build:
         config = self.recipe.distillation.model_copy(update=tokens)
         pair = Pair(axis_map, small, large, index_map)
         length = 1 if self.recipe.data is None else self.recipe.data.sequence_length
-        step = config.batch_size * config.gradient_accumulation * length * PartialState().num_processes
-        curve = curve_to_train(student, teacher, pair, config, self.recipe.spread.layers_last, step)
+        curve = curve_to_train(student, teacher, pair, config, self.recipe.spread.layers_last, length)
         if config.tokens == 0 and curve is None:
             training = Training(tokens=0, seed=config.seed)
         elif self.inputs.text is None:

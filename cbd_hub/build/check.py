@@ -4,7 +4,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +19,7 @@ from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, ladder
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import AnchorSpec, Recipe, load_recipe
 from cbd_hub.errors import CbdError, IntegrityError, RecipeError
+from cbd_hub.hub.load import differing_names, refuse_pointers
 from cbd_hub.initialization.fresh import fresh_config
 from cbd_hub.interpolation.checkpoints import Checkpoint, find_files
 from cbd_hub.interpolation.control_points import choose_rank
@@ -134,10 +134,8 @@ def check_inputs(inputs: BuildInputs, output: Path) -> BuildPlan:
     with noted:
         axis_map = axis_map_for(config)
         sizes: Sizes = axis_map.sizes(config)
-        count, tokens = (
-            count_parameters(axis_map, sizes),
-            recipe.source.train.training.tokens if recipe.source.train else 0,
-        )
+        train = recipe.source.train
+        count, tokens = count_parameters(axis_map, sizes), 0 if train is None else train.training.tokens
         anchors.append(PlannedAnchor(count, axis_map.config_fields(sizes), tokens, 1.0))
         seconds = 6.0 * count * tokens
     if (recipe.data is None or not recipe.calibration_tokens) and any(spec.init is None for spec in recipe.anchors):
@@ -248,20 +246,12 @@ def _check_headers(inputs: BuildInputs, config: PreTrainedConfig) -> None:
     axis_map = axis_map_for(config)
     try:
         files = [folder / name for name in find_files(folder)]
-        for path in files:
-            with path.open("rb") if path.is_file() else nullcontext() as file:
-                if file is not None and file.read(40).startswith(b"version https://git-lfs"):
-                    raise RecipeError(
-                        f"{path.name} in {folder} is a Git LFS pointer, not weights; fetch the file: git lfs pull"
-                    )
+        refuse_pointers(path for path in files if path.is_file())
         checkpoint, sizes = Checkpoint(files, axis_map), axis_map.sizes(config)
         expected = axis_map.shapes(sizes)
         if missing := [name for name in expected if name not in checkpoint.tensors]:
-            left = next((f"; it has others instead, such as {n}" for n in checkpoint.tensors if n not in expected), "")
-            raise RecipeError(
-                f"the checkpoint {source.model!r} lacks {', '.join(missing[:3])} ({len(missing)} in all){left}; save "
-                "it again as transformers does, without prefixes of a wrapper and with all its shards"
-            )
+            others = [name for name in checkpoint.tensors if name not in expected]
+            raise differing_names(source.model, "lacks", missing, others)
         checkpoint.check(sizes)
     except IntegrityError as error:
         raise RecipeError(str(error).replace("the manifest says", "config.json says")) from error

@@ -133,8 +133,7 @@ def _fit(
     sizes = manifest.sizes(small), manifest.sizes(large)
     pair = Pair(manifest.resolved_axis_map, *sizes, chain.index_maps[small.name])
     length = 1 if inputs.recipe.data is None else inputs.recipe.data.sequence_length
-    step = config.batch_size * config.gradient_accumulation * length * PartialState().num_processes
-    curve = curve_to_train(models[1], models[0], pair, config, manifest.layers_last, step)
+    curve = curve_to_train(models[1], models[0], pair, config, manifest.layers_last, length)
     if curve is None or inputs.text is None or inputs.validation is None:
         return small
     index_map, work = pair.index_map, folder / STATE / "work"

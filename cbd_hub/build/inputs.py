@@ -6,7 +6,7 @@ Everything here is a function of the recipe alone, so that a build that is resum
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -16,15 +16,15 @@ from tokenizers import Tokenizer as FileTokenizer
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from cbd_hub.alignment.ready_made import check_tokenizers
+from cbd_hub.alignment.ready_made import READING_SAMPLE, check_tokenizers
 from cbd_hub.build.bridge import BridgeInputs
 from cbd_hub.build.recipe import Recipe, TrainTokenizer
 from cbd_hub.build.settings import BridgeConfig
-from cbd_hub.errors import RecipeError
+from cbd_hub.errors import ManifestError, RecipeError
 from cbd_hub.files import copy_files
 from cbd_hub.hub.load import load_config, load_model
 from cbd_hub.hub.read import Location
-from cbd_hub.hub.untrusted import is_tokenizer_file
+from cbd_hub.hub.untrusted import guarded, is_tokenizer_file
 from cbd_hub.initialization.fresh import fresh_config, fresh_model
 from cbd_hub.initialization.refit import REFIT_TOKENS
 from cbd_hub.manifest.manifest import Training
@@ -34,9 +34,6 @@ from cbd_hub.text.splits import Splits, load_splits
 from cbd_hub.training.distill import distill
 
 __all__ = ["BuildInputs", "Text"]
-
-_SAMPLE = "Hello  the quick brown 123 fox's\n\n  jumps over 3.5 na\u00efve caf\u00e9s."
-"""Text that tokenizers split in different ways."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +72,16 @@ class BuildInputs:
         Raises:
             RecipeError: It cannot be loaded.
         """
-        wanted, source = self.recipe.tokenizer, self.recipe.source
-        if wanted is None:  # a bare model can be cut without a tokenizer
-            return _load_tokenizer(self._source()) if source.model else None
-        if isinstance(wanted, str):
-            if (loaded := _load_tokenizer(self._location(wanted))) is None:
-                raise RecipeError(f"{wanted!r} holds no tokenizer; name a folder or a repo id with one")
-            return loaded
-        return train_tokenizer(chain.from_iterable(s.train for s in self.splits), wanted.vocab_size)
+        wanted = self.recipe.tokenizer
+        if isinstance(wanted, TrainTokenizer):
+            return train_tokenizer(chain.from_iterable(s.train for s in self.splits), wanted.vocab_size)
+        location = self._tokenizer_location
+        loaded = None if location is None else _load_tokenizer(location)
+        if loaded is not None:
+            self._warn_of_another_reading(loaded)
+        elif wanted is not None:  # a bare model can be cut without a tokenizer
+            raise RecipeError(f"{wanted!r} holds no tokenizer; name a folder or a repo id with one")
+        return loaded
 
     @cached_property
     def _tokenizer_location(self) -> Location | None:
@@ -92,6 +91,13 @@ class BuildInputs:
             return self._source() if self.recipe.source.model else None
         return self._location(wanted) if isinstance(wanted, str) else None
 
+    @cached_property
+    def _tokenizer_files(self) -> dict[str, Path]:
+        """Name → local path of the tokenizer's files, asked for once; none of one that is trained."""
+        location = self._tokenizer_location
+        names = [] if location is None else location.names()
+        return {name: location.file(name) for name in names if location is not None and is_tokenizer_file(name)}
+
     def save_tokenizer(self, folder: Path) -> list[str]:
         """Writes the tokenizer into a folder and returns the names of its files; nothing where there is none.
 
@@ -100,12 +106,24 @@ class BuildInputs:
         """
         if self.tokenizer is None:
             return []
-        if (location := self._tokenizer_location) is not None:
-            files = {name: location.file(name) for name in location.names() if is_tokenizer_file(name)}
-            copy_files(files, folder)
-            return sorted(files)
+        if self._tokenizer_files:
+            copy_files(self._tokenizer_files, folder)
+            return sorted(self._tokenizer_files)
         self.tokenizer.save_pretrained(folder)
         return sorted(name for name in Location(str(folder)).names() if is_tokenizer_file(name))
+
+    def _warn_of_another_reading(self, tokenizer: Tokenizer) -> None:
+        """Says so where transformers reads tokenizer.json otherwise than the file itself does."""
+        if (path := self._tokenizer_files.get("tokenizer.json")) is None:
+            return
+        own = FileTokenizer.from_file(str(path)).encode(READING_SAMPLE, add_special_tokens=False).ids
+        if own != tokenizer.encode(READING_SAMPLE, add_special_tokens=False):
+            warnings.warn(
+                f"transformers reads this tokenizer as a {type(tokenizer).__name__}, which splits text otherwise than "
+                f"its tokenizer.json does ({path}); the chain keeps the files as they are, and trains on what "
+                "transformers reads",
+                stacklevel=2,
+            )
 
     @cached_property
     def text(self) -> Text | None:
@@ -256,25 +274,9 @@ def _load_tokenizer(location: Location) -> Tokenizer | None:
     place, folder = location.place, Path(location.place)
     if folder.is_dir() and not any("token" in p.name or "vocab" in p.name for p in folder.iterdir()):
         return None
+    load = partial(AutoTokenizer.from_pretrained, place, trust_remote_code=False, **location.options)
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **location.options)
-    except Exception as error:  # `tokenizers` raises plain Exception itself
+        tokenizer: Tokenizer = guarded("one of its files", load)
+    except ManifestError as error:
         raise RecipeError(f"the tokenizer of {place!r} cannot be loaded: {error}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        return None
-    _warn_of_another_reading(tokenizer, location)
-    return tokenizer
-
-
-def _warn_of_another_reading(tokenizer: Tokenizer, location: Location) -> None:
-    """Says so where transformers reads tokenizer.json otherwise than the file itself does."""
-    if "tokenizer.json" not in location.names():
-        return
-    own = FileTokenizer.from_file(str(location.file("tokenizer.json"))).encode(_SAMPLE, add_special_tokens=False).ids
-    if own != tokenizer.encode(_SAMPLE, add_special_tokens=False):
-        warnings.warn(
-            f"transformers reads the tokenizer of {location.place!r} as a {type(tokenizer).__name__}, which splits "
-            "text otherwise than its tokenizer.json does; the chain keeps the files as they are, and trains on what "
-            "transformers reads",
-            stacklevel=2,
-        )
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None

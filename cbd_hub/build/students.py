@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -77,8 +78,8 @@ def curve_to_train(
     teacher: PreTrainedModel,
     pair: Pair,
     config: AnchorDistillation,
-    layers_last: bool = True,
-    step_tokens: int = 4096,
+    layers_last: bool,
+    sequence_length: int,
 ) -> Curve | None:
     """Returns the curve to train along with an anchor; None where none is wanted, or no size lies between the two.
 
@@ -88,7 +89,7 @@ def curve_to_train(
         pair: Their sizes and correspondence.
         config: How the anchor is trained.
         layers_last: How the chain solves sizes in between.
-        step_tokens: Tokens of an optimizer step.
+        sequence_length: Tokens of a block.
 
     Raises:
         RecipeError: The rank is above what the matrices allow.
@@ -98,12 +99,13 @@ def curve_to_train(
     points = curve_points(pair, layers_last) if tokens else []
     if control is None or not points:
         return None
+    step = config.batch_size * config.gradient_accumulation * sequence_length * PartialState().num_processes
     return Curve(
         teacher,
         student,
         pair,
         control.rank,
-        learning_rate=control.learning_rate or curve_learning_rate(pair.large["hidden"], tokens / step_tokens),
+        learning_rate=control.learning_rate or curve_learning_rate(pair.large["hidden"], tokens / step),
         tokens=tokens,
         together=control.together and config.tokens > 0,
         points=points,

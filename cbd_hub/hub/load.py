@@ -5,6 +5,7 @@ warning. A source or a ready-made anchor that is loaded so would be another mode
 """
 
 import warnings
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from cbd_hub.errors import RecipeError
 from cbd_hub.hub.read import Location
 from cbd_hub.hub.untrusted import mend_generation_config
 
-__all__ = ["load_config", "load_model"]
+__all__ = ["differing_names", "load_config", "load_model", "refuse_pointers"]
 
 _LFS = b"version https://git-lfs"
 _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -69,12 +70,7 @@ def load_model(location: Location, dtype: torch.dtype | str = torch.float32) -> 
             left over, of another shape or not finite; a stored head that differs from the embedding it is tied to.
     """
     place, config = location.place, load_config(location)
-    for path in sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []:
-        with path.open("rb") as file:
-            if file.read(len(_LFS)) == _LFS:
-                raise RecipeError(
-                    f"{path.name} in {place} is a Git LFS pointer, not weights; fetch the file: git lfs pull"
-                )
+    refuse_pointers(sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else [])
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
@@ -109,19 +105,44 @@ def load_model(location: Location, dtype: torch.dtype | str = torch.float32) -> 
     return model
 
 
+def refuse_pointers(paths: Iterable[Path]) -> None:
+    """Refuses weights of which only the Git LFS pointers were fetched.
+
+    Raises:
+        RecipeError: A file is one.
+    """
+    for path in paths:
+        with path.open("rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise RecipeError(
+                    f"{path.name} in {path.parent} is a Git LFS pointer, not weights; fetch the file: git lfs pull"
+                )
+
+
+def differing_names(place: str, what: str, names: Sequence[str], others: Sequence[str] = ()) -> RecipeError:
+    """Returns the error of a checkpoint whose weights have other names than its model's.
+
+    Args:
+        place: The checkpoint.
+        what: What it does with them: ``lacks``, or ``has, and the model does not,``.
+        names: The parameters.
+        others: What it has instead.
+    """
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    other = f"; it has others instead, such as {others[0]}" if others else ""
+    return RecipeError(
+        f"the checkpoint {place!r} {what} {', '.join(names[:_NAMED])}{more}{other}; save it again as transformers "
+        "does, without prefixes of a wrapper and with all its shards"
+    )
+
+
 def _check_report(place: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
     """Refuses a model of which something was filled in, left over or of another shape."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, and the model does not,")):
         if names := sorted(set(report[kind]) - tied):
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            other = ""
-            if kind == "missing_keys" and (left := sorted(report["unexpected_keys"])):
-                other = f"; it has others instead, such as {left[0]}"
-            raise RecipeError(
-                f"the checkpoint {place!r} {what} {', '.join(names[:_NAMED])}{more}{other}; save it again as "
-                "transformers does, without prefixes of a wrapper and with all its shards"
-            )
+            left = sorted(report["unexpected_keys"]) if kind == "missing_keys" else ()
+            raise differing_names(place, what, names, left)
     if report["mismatched_keys"]:
         first = sorted(map(str, report["mismatched_keys"]))[0]
         raise RecipeError(f"weights of {place!r} have another shape than its config.json says: {first}")

@@ -299,10 +299,11 @@ class Manifest(Strict):
                     raise ValueError(f"anchor {anchor.name!r}: layer_order is no permutation of its parent's layers")
                 if order is not None and sorted(order[: sizes["layers"]]) != order[: sizes["layers"]]:
                     raise ValueError(f"anchor {anchor.name!r}: the kept layers of layer_order must ascend")
-                most, control = axis_map.largest_rank(large), anchor.control_point
-                if control is not None and control.rank > most:
+                control = anchor.control_point
+                if control is not None and control.rank > axis_map.largest_rank(large):
                     raise ValueError(
-                        f"anchor {anchor.name!r}: its control point has rank {control.rank}; at most {most} is possible"
+                        f"anchor {anchor.name!r}: its control point has rank {control.rank}; at most "
+                        f"{axis_map.largest_rank(large)} is possible"
                     )
             previous = anchor
         if self.format != self.needed_format(self.anchors):
