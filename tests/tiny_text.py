@@ -3,8 +3,12 @@
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
-__all__ = ["make_documents", "make_files", "make_text", "texts"]
+from cbd_hub.text.packing import train_tokenizer
+
+__all__ = ["make_documents", "make_files", "make_text", "texts", "tokenizer_with_beginning"]
 
 PARAGRAPH = "The {0} sat on the mat, and the {0} saw {1} birds over the river.\n\n"
 
@@ -25,3 +29,15 @@ def make_files(folder: Path, **contents: str) -> Path:
     for name, content in contents.items():
         (folder / f"{name}.txt").write_text(content, encoding="utf-8")
     return folder
+
+
+def tokenizer_with_beginning(
+    documents: Dataset, vocab_size: int = 320, more: tuple[str, ...] = ()
+) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts ``<s>`` before a text, as those of Llama, Mistral and Gemma do; ``</s>`` ends one."""
+    rules = train_tokenizer(documents, vocab_size).backend_tokenizer
+    rules.add_special_tokens(["<s>", "</s>", *more])
+    rules.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", rules.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=rules, bos_token="<s>", eos_token="</s>", pad_token="</s>")

@@ -1,7 +1,7 @@
 """The recipe that a build was begun with: what an earlier version did not know, and what was changed since."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,27 +10,42 @@ from accelerate import PartialState
 
 from cbd_hub.build.recipe import Recipe
 
-__all__ = ["as_begun", "list_changes"]
+__all__ = ["as_begun", "as_recorded", "list_changes"]
 
 _BEGUN = "begun.json"
+_BEFORE = {"begin_of_text": "none", "end_of_text": "eos"}
+"""How versions packed text that had no keys for it."""
 
 
 def as_begun(recipe: Recipe, state: Path) -> Recipe:
-    """The recipe as the version read it that began the build: an earlier one knew no control points by default."""
+    """The recipe as the version read it that began the build.
+
+    An earlier one trained no control points by default, and began and ended text as :func:`as_recorded` says.
+    """
     begun = state / _BEGUN
-    if begun.is_file() or not (state / "step-0.json").is_file():
-        if PartialState().is_main_process and not (state / "step-0.json").is_file():
+    if not (state / "step-0.json").is_file():
+        if PartialState().is_main_process:
             state.mkdir(parents=True, exist_ok=True)
-            known = recipe.model_dump(mode="json")
+            known: dict[str, Any] = {"version": version("cbd_hub"), "control_points": True, "text_ends": True}
             partial = begun.with_suffix(".partial")
-            partial.write_text(json.dumps({"version": version("cbd_hub"), "control_points": True, "recipe": known}))
+            partial.write_text(json.dumps({**known, "recipe": recipe.model_dump(mode="json")}))
             partial.replace(begun)
         PartialState().wait_for_everyone()
         return recipe
-    if "control_point" in recipe.distillation.model_fields_set:
-        return recipe
-    distillation = recipe.distillation.model_copy(update={"control_point": None})
-    return recipe.model_copy(update={"distillation": distillation})
+    known = json.loads(begun.read_text(encoding="utf-8")) if begun.is_file() else {}
+    if "control_points" not in known and "control_point" not in recipe.distillation.model_fields_set:
+        distillation = recipe.distillation.model_copy(update={"control_point": None})
+        recipe = recipe.model_copy(update={"distillation": distillation})
+    if "text_ends" not in known and recipe.data is not None:
+        missing = {key: way for key, way in _BEFORE.items() if key not in recipe.data.model_fields_set}
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=missing)})
+    return recipe
+
+
+def as_recorded(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe in a chain's manifest, where what an earlier version did not know stands as that version did it."""
+    data = recipe.get("data")
+    return dict(recipe) if data is None else {**recipe, "data": {**_BEFORE, **data}}
 
 
 def list_changes(state: Path, recipe: Recipe) -> str:

@@ -45,7 +45,8 @@ from cbd_hub.losses.cross_vocabulary import Across
 from cbd_hub.losses.heads import kept_hidden
 from cbd_hub.manifest.manifest import Bridge, Training
 from cbd_hub.text.documents import Documents
-from cbd_hub.text.packing import mix, pack
+from cbd_hub.text.packing import mix, pack_as
+from cbd_hub.text.settings import DataConfig
 from cbd_hub.text.synthesis import make_generator, read_prompts, synthesize
 from cbd_hub.text.token_groups import TokenAligner
 from cbd_hub.text.vocabulary import Pairs, Vocabulary, VocabularyReport, compare_vocabularies
@@ -76,6 +77,8 @@ class BridgeInputs:
     """(N, S) token ids of the chain's tokenizer, to rank what is cut."""
     documents: Callable[[], Iterable[Mapping[str, str]]]
     """The rows, with a column ``text``, that `train` was packed from, from the first on."""
+    data: DataConfig
+    """How they were packed."""
     source_name: str
     """Repo id, folder or name on the server."""
     source: PreTrainedModel | None = None
@@ -84,8 +87,6 @@ class BridgeInputs:
     """The source's own; None where there is none."""
     source_revision: str | None = None
     """Commit, tag or branch."""
-    document_boundaries: bool = False
-    """Whether blocks keep their documents apart."""
     base: Path = Path()
     """Folder that relative paths start from."""
 
@@ -327,12 +328,11 @@ def _generated_blocks(config: BridgeConfig, on: BridgeInputs, progress: bool) ->
     prompts = read_prompts(config.generation, on.documents(), on.source_tokenizer or on.tokenizer, on.base)
     cache = on.base / config.cache if config.cache else Path(datasets.config.HF_DATASETS_CACHE).parent / "cbd_hub"
     texts = synthesize(generator, prompts, config.generation, cache, progress=progress)
-    length = len(next(iter(on.train))["input_ids"])
-    blocks = pack(texts.select_columns(["text"]), on.tokenizer, length, on.document_boundaries)
+    blocks = pack_as(on.data, texts.select_columns(["text"]), on.tokenizer)
     if config.generated_share == 1:
         return blocks, len(texts)
     share, seed = config.generated_share, config.training.seed
-    needed = math.ceil(config.training.tokens / length)
+    needed = math.ceil(config.training.tokens / on.data.sequence_length)
     corpus = on.train if not isinstance(on.train, datasets.IterableDataset) else None
     if corpus is None:
         corpus = datasets.Dataset.from_list(list(islice(on.train, needed)))

@@ -358,7 +358,7 @@ def _build_chain(loaded: Recipe, base: Path, output: Path, resume: bool, progres
     if plan.problems:
         raise RecipeError(_all_of(plan.problems))
     for warning in plan.warnings:
-        warnings.warn(warning, stacklevel=3)
+        warnings.warn(warning, stacklevel=4)
     anchors: list[Anchor] = []
     maps: dict[str, IndexMap] = {}
     basis = "native"

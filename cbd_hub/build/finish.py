@@ -1,6 +1,7 @@
 """The end of a build: everything beside the anchors, and ``chain.json`` last."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -81,9 +82,16 @@ def finish_chain(
         index_maps=manifests.file_entry(maps_path) if maps_path.is_file() else None,
         checksums=manifests.file_entry(folder / manifests.CHECKSUMS_NAME),
         calibration=None if calibration is None else manifests.file_entry(folder / manifests.CALIBRATION_NAME),
-        recipe=recipe.model_dump(mode="json", exclude_none=True, exclude={"axis_map", "hub"}),
+        recipe=inputs.recorded_recipe(),
         versions={library: version(library) for library in _LIBRARIES},
     )
+    if better := manifest.better_than_source:
+        warnings.warn(
+            f"{' and '.join(better)} read the held-out text better than the source, {anchors[0].name}: it may have "
+            "been trained on text that begins or ends otherwise (data.begin_of_text, data.end_of_text), or on no such "
+            "text at all; its anchors then learn from a teacher that is not itself",
+            stacklevel=5,
+        )
     write_description(measure_chain(manifest, inputs, folder, progress), folder)
 
 

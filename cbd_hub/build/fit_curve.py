@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from cbd_hub.build.begun import as_recorded
 from cbd_hub.build.finish import STATE, measure_chain, write_checksums, write_description
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import Recipe, load_recipe
@@ -43,8 +44,9 @@ def fit_curve(
 
     Args:
         chain: Folder of a chain. (Of a published one: ``Chain.from_pretrained(repo_id).save_pretrained(folder)``.)
-        recipe: Its ``data`` and ``distillation`` say what to train on, and how; None takes the recipe that the chain
-            was built with, whose relative paths start from the current folder.
+        recipe: Its ``data`` and ``distillation`` say what to train on, and how; losses compare with those of the
+            anchors where it begins and ends text as theirs did (``data.begin_of_text``, ``data.end_of_text``). None
+            takes the recipe that the chain was built with, whose relative paths start from the current folder.
         tokens: Training tokens a pair; None takes the recipe's.
         rank: Columns of the two factors of every matrix; None takes the recipe's, or picks.
         learning_rate: Peak learning rate of the control points; None takes the recipe's.
@@ -96,7 +98,7 @@ def _recipe(manifest: Manifest, recipe: str | Path | Mapping[str, Any] | Recipe 
         return load_recipe(recipe)
     if manifest.recipe is None:
         raise RecipeError(f"the chain {manifest.name!r} does not say how it was built; name a recipe with its text")
-    return load_recipe(manifest.recipe)
+    return load_recipe(as_recorded(manifest.recipe))
 
 
 def _config(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import IterableDataset
@@ -21,6 +22,7 @@ from cbd_hub.build.bridge import BridgeInputs
 from cbd_hub.build.recipe import Recipe, TrainTokenizer
 from cbd_hub.build.settings import BridgeConfig
 from cbd_hub.errors import ManifestError, RecipeError
+from cbd_hub.evaluation.held_out import losses_by_beginning
 from cbd_hub.files import copy_files
 from cbd_hub.hub.load import load_config, load_model
 from cbd_hub.hub.read import Location
@@ -29,11 +31,15 @@ from cbd_hub.initialization.fresh import fresh_config, fresh_model
 from cbd_hub.initialization.refit import REFIT_TOKENS
 from cbd_hub.manifest.manifest import Training
 from cbd_hub.text.documents import Documents
-from cbd_hub.text.packing import mix, pack, token_batches, train_tokenizer
+from cbd_hub.text.packing import mix, pack_as, token_batches, train_tokenizer
 from cbd_hub.text.splits import Splits, load_splits
+from cbd_hub.text.text_ends import TextEnds, find_ends
 from cbd_hub.training.distill import distill
 
 __all__ = ["BuildInputs", "Text"]
+
+_WORSE = 0.05
+"""Nats a token, from which on another beginning of text is worth a word."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +146,29 @@ class BuildInputs:
 
         def blocks(name: str) -> Documents:
             documents = [getattr(splits, name) for splits in self.splits]
-            packed = [pack(d, tokenizer, data.sequence_length, data.document_boundaries) for d in documents]
-            return mix(packed, data.shares, data.seed, repeat=name == "train")
+            return mix(
+                [pack_as(data, d, tokenizer) for d in documents], data.shares, data.seed, repeat=name == "train"
+            )
 
         return Text(blocks("train"), blocks("validation"), blocks("test"))
+
+    @cached_property
+    def ends(self) -> TextEnds | None:
+        """The tokens around a text; None for a recipe without text or tokenizer."""
+        data, tokenizer = self.recipe.data, self.tokenizer
+        return (
+            None if data is None or tokenizer is None else find_ends(tokenizer, data.begin_of_text, data.end_of_text)
+        )
+
+    def recorded_recipe(self) -> dict[str, Any]:
+        """The recipe as a manifest keeps it, with the tokens that text began and ended with."""
+        recipe = self.recipe.model_dump(mode="json", exclude_none=True, exclude={"axis_map", "hub"})
+        if self.ends is not None and self.tokenizer is not None:
+            for key, token in (("begin_of_text", self.ends.begin), ("end_of_text", self.ends.end)):
+                if key in recipe["data"]:  # what an earlier version began has no such key
+                    name = "none" if token is None else self.tokenizer.convert_ids_to_tokens(token)
+                    recipe["data"][key] = name
+        return recipe
 
     @cached_property
     def validation(self) -> Documents | None:
@@ -239,9 +264,30 @@ class BuildInputs:
             source=None if source.model is None else load_model(self._source()),
             source_tokenizer=own,
             source_revision=source.revision,
-            document_boundaries=data.document_boundaries,
+            data=data,
             base=self.base,
         )
+
+    def _warn_of_another_beginning(self, source: PreTrainedModel) -> None:
+        """Measures the source with and without a begin-of-text token, and says so where the recipe's way is worse."""
+        ids, tokenizer, ends = self.calibration(), self.tokenizer, self.ends
+        if ids is None or tokenizer is None or ends is None:
+            return
+        token = tokenizer.bos_token_id if ends.begin is None else ends.begin
+        if token is None:
+            return
+        text = ids[:16] if ends.begin is None else ids[:16, 1:]
+        began, bare = losses_by_beginning(source, text, token)
+        own, other = (bare, began) if ends.begin is None else (began, bare)
+        if own > other + _WORSE:
+            name = tokenizer.convert_ids_to_tokens(token)
+            has, has_not = ("without", "with") if ends.begin is None else ("with", "without")
+            warnings.warn(
+                f"the source reads the calibration text at {own:.2f} nats a token {has} {name!r} before it, as its "
+                f"tokenizer begins a text, and at {other:.2f} {has_not} it; set data.begin_of_text to "
+                f"{name if ends.begin is None else 'none'!r} if that is how it was trained",
+                stacklevel=2,
+            )
 
     def source(self, work_dir: Path, progress: bool) -> tuple[PreTrainedModel, Training | None]:
         """Loads the source model in float32, or trains it from scratch.
@@ -251,7 +297,9 @@ class BuildInputs:
         """
         source = self.recipe.source
         if source.model is not None:
-            return load_model(self._source()), None
+            model = load_model(self._source())
+            self._warn_of_another_beginning(model)
+            return model, None
         train = source.train
         if train is None or self.tokenizer is None or self.text is None:
             raise RecipeError("a source trained from scratch needs `source.train`, `tokenizer` and `data`")

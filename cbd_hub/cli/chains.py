@@ -181,6 +181,8 @@ def _show_chain(chain: "Chain", as_json: bool) -> None:
     console.print(table)
     if manifest.anchors[0].evaluation:
         console.print(f"losses in nats a token, on {manifest.anchors[0].evaluation.num_tokens} held-out tokens")
+    if better := manifest.better_than_source:
+        console.print(f"warning: {' and '.join(better)} read it better than the source; was it trained on such text?")
     if manifest.curve:
         points = ", ".join(
             f"{format_count(p.num_parameters)} {p.loss:.3f}"

@@ -20,7 +20,7 @@ from cbd_hub.progress import progress_bar
 from cbd_hub.text.documents import Documents
 from cbd_hub.text.packing import block_batches, token_batches
 
-__all__ = ["HeldOutLoss", "bits_per_byte", "evaluate_loss"]
+__all__ = ["HeldOutLoss", "bits_per_byte", "evaluate_loss", "losses_by_beginning"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,26 @@ def evaluate_loss(
         raise RecipeError("There is nothing to evaluate on: pass one block of two tokens or more.")
     loss = total / num_tokens
     return HeldOutLoss(loss, math.exp(loss) if loss < 700 else math.inf, num_tokens)
+
+
+def losses_by_beginning(model: PreTrainedModel, text: Tensor, token: int) -> tuple[float, float]:
+    """The loss with a token before every row, and the loss without it, over the same predicted tokens.
+
+    Args:
+        model: As of :func:`evaluate_loss`.
+        text: (N, S) token ids, none of them a beginning; the first of each row is predicted in neither case.
+        token: Begins a text.
+
+    Returns:
+        Nats a token with the token, and without it.
+
+    N rows, S tokens. Cost: two forward passes of N * S tokens.
+    """
+    begun = torch.nn.functional.pad(text, (1, 0), value=token).long()
+    labels = begun.clone()
+    labels[:, :2] = -100
+    rows = Dataset.from_dict({"input_ids": begun.numpy(), "labels": labels.numpy()})
+    return evaluate_loss(model, rows).loss, evaluate_loss(model, text).loss
 
 
 def bits_per_byte(result: HeldOutLoss, blocks: Documents | Tensor, tokenizer: PreTrainedTokenizerBase) -> float:

@@ -217,6 +217,16 @@ class Manifest(Strict):
                 named[f"{anchor.control_point_name}.safetensors"] = anchor.control_point.file
         return {**self.tokenizer, **{name: entry for name, entry in named.items() if entry is not None}}
 
+    @property
+    def better_than_source(self) -> list[str]:
+        """Names of anchors whose held-out loss is more than .01 nats a token below the source's.
+
+        Empty where the largest anchor was trained with the chain, on the chain's own text.
+        """
+        losses = {a.name: a.evaluation.loss for a in self.anchors if a.evaluation is not None}
+        source = None if self.anchors[0].training is not None else losses.get(self.anchors[0].name)
+        return [] if source is None else [name for name, loss in losses.items() if loss < source - 0.01]
+
     @staticmethod
     def needed_format(anchors: Iterable[Anchor]) -> Literal[1, 2]:
         """Returns 2 where an anchor has a control point, which older versions cannot read, else 1."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cbd_hub.errors import RecipeError, did_you_mean
 from cbd_hub.text.settings import DataConfig, DatasetSource, SourceConfig
+from cbd_hub.text.text_ends import find_ends
 
 __all__ = [
     "Documents",
@@ -45,7 +46,7 @@ def load_documents(
     sources = config.each_source()
     if len(sources) > 1:
         raise RecipeError(f"The config names {len(sources)} sources; read each with read_source, or use load_splits.")
-    return read_source(sources[0], base_dir, tokenizer, streaming=config.streaming)
+    return read_source(sources[0], base_dir, tokenizer, streaming=config.streaming, end_of_text=config.end_of_text)
 
 
 def read_source(
@@ -54,19 +55,21 @@ def read_source(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     streaming: bool = False,
+    end_of_text: str = "auto",
 ) -> Documents:
     """Reads the documents of a source into a dataset with the one column ``text``.
 
     Files are read in the order of their paths; ``.jsonl`` files hold one object a line, whose ``text`` is a document.
     In others line ends become ``\\n``, and a single file is cut into
-    documents at its form feeds, if it has any. Rows of a dataset that are empty are left out. An end-of-text token
-    that a chat template writes last is left off: :func:`cbd_hub.text.packing.pack` writes one.
+    documents at its form feeds, if it has any. Rows of a dataset that are empty are left out. Where a chat template
+    writes the end of text last it is left off: :func:`cbd_hub.text.packing.pack` writes one.
 
     Args:
         source: what to read.
         base_dir: folder that relative paths start from.
         tokenizer: needed for conversations alone: its chat template turns them into text.
         streaming: read one file or row at a time.
+        end_of_text: as in :class:`cbd_hub.text.settings.DataConfig`.
 
     Returns:
         a ``Dataset``, or with `streaming` an ``IterableDataset``.
@@ -78,7 +81,7 @@ def read_source(
     """
     follow_hub_progress_setting()
     if source.dataset is not None:
-        return _load_rows(source.dataset, Path(base_dir), streaming, tokenizer)
+        return _load_rows(source.dataset, Path(base_dir), streaming, tokenizer, end_of_text)
     paths = _match_files(source.text_files or [], Path(base_dir))
     cut = len(paths) == 1
     if streaming:  # each path of the list is a shard: a stream is taken up again at its file, not at the first
@@ -173,7 +176,11 @@ def _broken_line(folder: Path) -> str:
 
 
 def _load_rows(
-    source: DatasetSource, base_dir: Path, streaming: bool, tokenizer: PreTrainedTokenizerBase | None
+    source: DatasetSource,
+    base_dir: Path,
+    streaming: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+    end_of_text: str,
 ) -> Documents:
     folder = base_dir / source.name
     try:
@@ -190,12 +197,14 @@ def _load_rows(
         )
     rows = rows.select_columns(source.column)
     if _holds_conversations(rows, source):
+        tokenizer = _with_chat_template(tokenizer, source)
+        end = str(tokenizer.convert_ids_to_tokens(find_ends(tokenizer, "none", end_of_text).end))
         rows = rows.map(
             _render,
             with_indices=True,
             input_columns=source.column,
             remove_columns=source.column,
-            fn_kwargs={"tokenizer": _with_chat_template(tokenizer, source), "name": source.name},
+            fn_kwargs={"tokenizer": tokenizer, "name": source.name, "end": end},
         )
     elif source.column != "text":
         rows = rows.rename_column(source.column, "text")
@@ -228,8 +237,8 @@ def _with_chat_template(tokenizer: PreTrainedTokenizerBase | None, source: Datas
     return tokenizer
 
 
-def _render(messages: Any, index: int, tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, str]:
-    """A conversation as text."""
+def _render(messages: Any, index: int, tokenizer: PreTrainedTokenizerBase, name: str, end: str) -> dict[str, str]:
+    """A conversation as text, without the token that will be written after it."""
     where = f"row {index} of the dataset {name!r}"
     if not messages:
         return {"text": ""}
@@ -243,7 +252,6 @@ def _render(messages: Any, index: int, tokenizer: PreTrainedTokenizerBase, name:
         text = str(tokenizer.apply_chat_template(present, tokenize=False))
     except TemplateError as error:
         raise RecipeError(f"The chat template refuses {where}: {error}") from error
-    end = str(tokenizer.eos_token or "")
     return {"text": text.rstrip().removesuffix(end) if end and text.rstrip().endswith(end) else text}
 
 

@@ -1,8 +1,9 @@
 """Documents to packed token blocks.
 
 Documents are tokenized, joined with an end-of-text token after every one and cut into *blocks* of equal length, so
-that no computation is spent on padding. Several sources are packed one by one and their blocks are mixed: all blocks
-are equally long, so shares of blocks are shares of tokens.
+that no computation is spent on padding. Every block begins as the tokenizer begins a text
+(:mod:`cbd_hub.text.text_ends`), so that a model reads it as it was trained to. Several sources are packed one by one
+and their blocks are mixed: all blocks are equally long, so shares of blocks are shares of tokens.
 
 Everything is deterministic: the same text gives the same tokenizer and the same blocks.
 """
@@ -22,8 +23,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cbd_hub.errors import RecipeError
 from cbd_hub.text.documents import Documents, follow_hub_progress_setting
+from cbd_hub.text.settings import DataConfig
+from cbd_hub.text.text_ends import TextEnds, find_ends
 
-__all__ = ["block_batches", "mix", "pack", "token_batches", "train_tokenizer"]
+__all__ = ["block_batches", "mix", "pack", "pack_as", "token_batches", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
 _DOCUMENTS_PER_CALL = 32  # tokenized at once; bounds the Python lists of token ids that a tokenizer returns
@@ -66,12 +69,18 @@ def train_tokenizer(documents: Iterable[Mapping[str, str]], vocab_size: int) -> 
 
 
 def pack(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, sequence_length: int, boundaries: bool = False
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    boundaries: bool = False,
+    ends: TextEnds | None = None,
 ) -> Documents:
     """Tokenizes documents, writes an end-of-text token after each, and cuts the lot into blocks.
 
-    Blocks cross document borders. The last tokens, fewer than a block, are left out. Text that spells a
-    special token is read as that token, as everywhere in transformers. Blocks of documents in memory stay in
+    Where the tokenizer puts a token before a text, every block begins with it (with `boundaries` every document too);
+    as the first of its block or document it is never predicted. Blocks cross document borders. The last tokens, fewer
+    than a block, are left out. Text that spells a special token is read as that token, as everywhere in transformers;
+    a begin-of-text token that a document spells first is not written twice. Blocks of documents in memory stay in
     memory; those of a dataset on disk are cached beside it.
 
     A stream of blocks has ``state_dict`` and ``load_state_dict``: loaded into a stream packed alike, it yields exactly
@@ -82,10 +91,11 @@ def pack(
     Args:
         documents: column ``text``.
         tokenizer: needs an ``eos_token``.
-        sequence_length: S, tokens in a block.
+        sequence_length: S, tokens in a block, the one that it begins with included.
         boundaries: keep the documents of a block apart. Transformers then lets no token attend to another document,
             given `position_ids` and no attention mask (:func:`cbd_hub.evaluation.held_out.evaluate_loss` refuses a
             model that does not).
+        ends: the tokens around a text; by default those of :func:`cbd_hub.text.text_ends.find_ends`.
 
     Returns:
         a dataset of the documents' kind with the one column ``input_ids``: (S,) int32 a row. With `boundaries` also
@@ -93,17 +103,16 @@ def pack(
         ``labels``: the ids, but -100 where the position is 0, so that no document is predicted from another.
 
     Raises:
-        RecipeError: the tokenizer has no end-of-text token, or the text fills no block (for a stream: when
-            read); when a stream is read: the state that it was given is another worker's.
+        RecipeError: the tokenizer has no end-of-text token or puts several tokens before a text, or the text fills no
+            block (for a stream: when read); when a stream is read: the state that it was given is another worker's.
 
     S sequence length.
     """
-    if tokenizer.eos_token_id is None:
-        raise RecipeError("The tokenizer has no eos_token, which ends a document; set tokenizer.eos_token.")
+    ends = find_ends(tokenizer) if ends is None else ends
     follow_hub_progress_setting()
     columns = ("input_ids", "position_ids", "labels") if boundaries else ("input_ids",)
     features = Features({name: List(Value("int32"), length=sequence_length) for name in columns})
-    packer = _Packer(tokenizer, sequence_length, boundaries)
+    packer = _Packer(tokenizer, sequence_length, boundaries, ends)
     if isinstance(documents, IterableDataset):
         packed = _PackedExamples(documents._ex_iterable, packer)
         return IterableDataset(packed, DatasetInfo(features=features), distributed=documents._distributed)
@@ -116,9 +125,15 @@ def pack(
         desc="Packing",
     )
     if not len(blocks):
-        had = sum(len(_token_ids([row["text"]], tokenizer)[0]) for row in documents)
+        had = sum(len(packer.token_ids([row["text"]])[0]) for row in documents)
         raise _no_block(had, sequence_length)
     return blocks
+
+
+def pack_as(config: DataConfig, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Documents:
+    """Packs documents as a recipe's ``data`` says: see :func:`pack`."""
+    ends = find_ends(tokenizer, config.begin_of_text, config.end_of_text)
+    return pack(documents, tokenizer, config.sequence_length, config.document_boundaries, ends)
 
 
 def mix(blocks: Sequence[Documents], shares: Sequence[float], seed: int, repeat: bool = True) -> Documents:
@@ -160,37 +175,57 @@ def token_batches(blocks: Documents | Tensor, batch_size: int) -> Iterator[Tenso
     yield from (batch["input_ids"] for batch in block_batches(blocks, batch_size))
 
 
-def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The token ids of each text, end of text included."""
-    encoded: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
-
-
 class _Packer:
     """Cuts batches of documents into blocks, keeping the tokens that fill no block for the next batch."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, boundaries: bool) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, boundaries: bool, ends: TextEnds
+    ) -> None:
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.boundaries = boundaries
+        self.ends = ends
         self.rest = np.empty((2, 0), dtype=np.int32)
         """Token ids, and whether each is the first of its document."""
 
     def __call__(self, batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
-        ids = _token_ids(batch["text"], self.tokenizer)
+        ids = self.token_ids(batch["text"])
         lengths = [len(document) for document in ids]
         tokens = np.zeros((2, sum(lengths)), dtype=np.int32)
         tokens[0] = np.concatenate(ids)
         tokens[1, np.cumsum([0, *lengths[:-1]])] = 1
         tokens = np.concatenate([self.rest, tokens], axis=1)
-        full = tokens.shape[1] // self.sequence_length * self.sequence_length
-        self.rest = tokens[:, full:]
-        blocks, first = tokens[:, :full].reshape(2, -1, self.sequence_length)
+        (blocks, first), self.rest = self._cut(tokens)
         if not self.boundaries:
             return {"input_ids": blocks}
         place = np.arange(self.sequence_length, dtype=np.int32)
         positions = place - np.maximum.accumulate(np.where(first, place, 0), axis=1)
         return {"input_ids": blocks, "position_ids": positions, "labels": np.where(positions, blocks, -100)}
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        """The token ids of each text, its end and with boundaries its beginning included."""
+        encoded: Any = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        begin, end = self.ends
+        before = [begin] if self.boundaries and begin is not None else []
+        return [[*before, *(ids[1:] if ids and ids[0] == begin else ids), end] for ids in encoded["input_ids"]]
+
+    def _cut(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cuts a stream (2, n) of tokens and first places into blocks (2, N, S); returns what is left over, too."""
+        length, begin = self.sequence_length, self.ends.begin
+        if begin is None:
+            full = tokens.shape[1] // length * length
+            return tokens[:, :full].reshape(2, -1, length), tokens[:, full:]
+        blocks, start = [], 0
+        opening = np.array([[begin], [1]], dtype=np.int32)
+        while True:
+            begun = self.boundaries and start < tokens.shape[1] and tokens[1, start]
+            stop = start + length - (not begun)
+            if stop > tokens.shape[1]:
+                break
+            block = tokens[:, start:stop]
+            blocks.append(block if begun else np.concatenate([opening, block], axis=1))
+            start = stop
+        return np.stack(blocks, 1) if blocks else np.empty((2, 0, length), dtype=np.int32), tokens[:, start:]
 
 
 class _PackedExamples(_BaseExamplesIterable):  # the base of all streams of `datasets`, underscore or not

@@ -63,6 +63,12 @@ class DataConfig(Settings):
     document_boundaries: bool = False
     """Keep the documents in a block apart: none attends to another, positions start again with each, and the first
     token of each is not predicted. Otherwise a block is read as one text."""
+    begin_of_text: str = "auto"
+    """The token that begins every block, and with ``document_boundaries`` every document: ``auto`` is what the
+    tokenizer puts before a text, as a rule what the model was trained with; ``none``; or a token such as "<s>"."""
+    end_of_text: str = "auto"
+    """The token that ends every document: ``auto`` is the end of text that the model was pretrained with; ``eos`` the
+    tokenizer's ``eos_token``, which of a chat model ends a turn; or a token."""
     held_out_fraction: float = Field(default=0.1, gt=0, le=0.5)
     """Share of the text that is never trained on, 0 to 0.5: half validates, half tests. Of several sources, the share
     of each."""
@@ -94,8 +100,8 @@ class DataConfig(Settings):
     @model_serializer(mode="wrap")
     def _without_newer_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves unset what older recipes do not have, so that a build of one goes on where it stopped."""
-        newer = ("sources", "document_boundaries")
-        return {name: value for name, value in handler(self).items() if value or name not in newer}
+        before = {"sources": None, "document_boundaries": False, "begin_of_text": "none", "end_of_text": "eos"}
+        return {name: value for name, value in handler(self).items() if name not in before or value != before[name]}
 
 
 class Sampling(Settings):

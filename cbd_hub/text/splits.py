@@ -51,7 +51,9 @@ def load_splits(
     """
     splits = []
     for source in config.each_source():
-        documents = read_source(source, base_dir, tokenizer, streaming=config.streaming)
+        documents = read_source(
+            source, base_dir, tokenizer, streaming=config.streaming, end_of_text=config.end_of_text
+        )
         splits.append(split_documents(documents, config.held_out_fraction, config.seed))
     # The splits of a stream are a function of each text alone, so there copies are together already.
     return splits if config.streaming or len(splits) == 1 else _without_copies(splits)

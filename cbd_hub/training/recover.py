@@ -38,7 +38,7 @@ from cbd_hub.hub.read import Location
 from cbd_hub.manifest.manifest import MANIFEST_NAME, Training
 from cbd_hub.settings import Settings
 from cbd_hub.text.documents import Documents
-from cbd_hub.text.packing import mix, pack
+from cbd_hub.text.packing import mix, pack_as
 from cbd_hub.text.settings import DataConfig
 from cbd_hub.text.splits import load_splits
 from cbd_hub.training.distill import distill
@@ -254,10 +254,10 @@ def recover_on_text(
 
 def _blocks(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Documents]:
     """The packed blocks of each split."""
-    packing, packed = (data.sequence_length, data.document_boundaries), {}
+    packed = {}
     splits = load_splits(data, tokenizer=tokenizer)
     for name in ("train", "validation", "test"):
-        blocks = [pack(getattr(split, name), tokenizer, *packing) for split in splits]
+        blocks = [pack_as(data, getattr(split, name), tokenizer) for split in splits]
         packed[name] = mix(blocks, data.shares, data.seed, repeat=name == "train")
     return packed
 

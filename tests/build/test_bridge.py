@@ -69,6 +69,7 @@ def founding(source: tuple[PreTrainedModel, Tokenizer], documents: list[dict[str
         validation=blocks.select(range(200, 216)),
         calibration=torch.tensor(blocks[216:232]["input_ids"]),
         documents=rows,
+        data=DataConfig(text_files=str(TEXT / "180*.txt"), sequence_length=32),
         source_name="tiny",
         source=source[0],
         source_tokenizer=source[1],

@@ -1,23 +1,29 @@
 """What a build is made from: the same ingredients every time, and none that are made up."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import tiny_config, tiny_model
 from tiny_recipe import TEXT, built_chain, tiny_recipe
-from tiny_text import make_documents
+from tiny_text import make_documents, tokenizer_with_beginning
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from cbd_hub.build.begun import as_recorded
 from cbd_hub.build.build import build_chain
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.chain.chain import Chain
 from cbd_hub.chain.export import write_model
+from cbd_hub.cli.main import app
 from cbd_hub.errors import RecipeError, UnknownArchitectureError
+from cbd_hub.evaluation.held_out import evaluate_loss, losses_by_beginning
 from cbd_hub.hub.untrusted import is_tokenizer_file
 from cbd_hub.initialization.refit import REFIT_TOKENS
 from cbd_hub.text.packing import train_tokenizer
@@ -278,3 +284,90 @@ def test_another_reading_than_the_file_s_is_said(tmp_path: Path) -> None:
     recipe = {"name": "t", "source": {"model": str(source)}, "anchors": [0.8], "distillation": {"tokens": 0}}
     with pytest.warns(UserWarning, match="splits text otherwise than its tokenizer.json does"):
         assert BuildInputs(*load_recipe(recipe)).tokenizer is not None
+
+
+# -- how a text begins -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun_chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chain whose tokenizer puts ``<s>`` before a text, its source trained from scratch."""
+    folder = tmp_path_factory.mktemp("begun")
+    tokenizer_with_beginning(made().splits[0].train, 300).save_pretrained(folder / "tokenizer")
+    build_chain(tiny_recipe(tokenizer=str(folder / "tokenizer")), folder / "chain", progress=False)
+    return folder / "chain"
+
+
+def test_all_text_of_a_build_begins_as_the_tokenizer_begins_it(begun_chain: Path) -> None:
+    inputs = made(tokenizer=str(begun_chain))
+    tokenizer = inputs.tokenizer
+    assert inputs.text is not None and tokenizer is not None
+    calibration, refit, validation = inputs.calibration(), inputs.refit_blocks(), inputs.validation
+    assert calibration is not None and refit is not None and validation is not None
+    for blocks in (inputs.text.train, inputs.text.validation, inputs.text.test, validation):
+        assert {ids[0] for ids in blocks["input_ids"]} == {tokenizer.bos_token_id}
+    for tokens in (calibration, refit, load_file(begun_chain / "calibration.safetensors")["input_ids"]):
+        assert set(tokens[:, 0].tolist()) == {tokenizer.bos_token_id}
+
+
+def test_the_manifest_says_how_its_text_was_packed(begun_chain: Path) -> None:
+    for folder, begin, end in ((begun_chain, "<s>", "</s>"), (built_chain(), "none", "<|endoftext|>")):
+        recipe = Chain.from_pretrained(folder).manifest.recipe
+        assert recipe is not None
+        assert (recipe["data"]["begin_of_text"], recipe["data"]["end_of_text"]) == (begin, end)
+        again = BuildInputs(*load_recipe(as_recorded(recipe)))  # and a build from it packs alike
+        assert again.recipe.data is not None and again.recipe.data.begin_of_text == begin
+    older = as_recorded({"data": {"text_files": "a"}})["data"]  # a chain of before
+    assert (older["begin_of_text"], older["end_of_text"]) == ("none", "eos")
+
+
+def test_the_recorded_loss_is_that_of_text_that_begins_so(begun_chain: Path) -> None:
+    chain, inputs = Chain.from_pretrained(begun_chain), made(tokenizer=str(begun_chain))
+    without = made(tokenizer=str(begun_chain), data={**tiny_recipe()["data"], "begin_of_text": "none"})
+    assert inputs.text is not None and without.text is not None
+    model = chain.anchors[0].load()
+    recorded = chain.manifest.anchors[0].evaluation
+    assert recorded is not None
+    assert evaluate_loss(model, inputs.text.test, max_tokens=1000).loss == pytest.approx(recorded.loss, abs=1e-5)
+    assert evaluate_loss(model, without.text.test, max_tokens=1000).loss != pytest.approx(recorded.loss, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("begin", "has", "has_not", "advice"), [("auto", "with", "without", "none"), ("none", "without", "with", "<s>")]
+)
+def test_a_source_that_reads_its_own_beginning_worse_is_said(
+    begun_chain: Path, monkeypatch: pytest.MonkeyPatch, begin: str, has: str, has_not: str, advice: str
+) -> None:
+    chain = Chain.from_pretrained(begun_chain)
+    data = {**tiny_recipe()["data"], "begin_of_text": begin}
+    inputs = made(source={"model": str(begun_chain / "anchors" / chain.anchors[0].name)}, tokenizer=None, data=data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source, _ = inputs.source(begun_chain, False)  # a tiny model reads both ways alike
+    calibration, tokenizer = inputs.calibration(), inputs.tokenizer
+    assert calibration is not None and tokenizer is not None
+    text = calibration[:, 1:] if begin == "auto" else calibration
+    began, bare = losses_by_beginning(source, text, tokenizer.bos_token_id)
+    own, other = (began, bare) if begin == "auto" else (bare, began)
+    monkeypatch.setattr("cbd_hub.build.inputs._WORSE", -1.0)
+    said = (
+        f"at {own:.2f} nats a token {has} '<s>' before it.* at {other:.2f} {has_not} it; .*begin_of_text to '{advice}'"
+    )
+    with pytest.warns(UserWarning, match=said):
+        inputs.source(begun_chain, False)
+
+
+def test_an_anchor_that_reads_better_than_a_source_from_elsewhere_is_said(begun_chain: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(begun_chain)
+    config = tiny_config("llama", vocab_size=len(tokenizer))
+    tiny_model(config).save_pretrained(tmp_path / "source")  # untrained
+    tokenizer.save_pretrained(tmp_path / "source")
+    training = {"tokens": 2048, "learning_rate": 3e-3, "batch_size": 4, "ce": 1.0}
+    recipe = tiny_recipe(source={"model": str(tmp_path / "source")}, tokenizer=None, anchors=[0.9])
+    recipe["distillation"] = {**training, "control_point": None}
+    with pytest.warns(UserWarning, match="read the held-out text better than the source, tiny-"):
+        chain = build_chain(recipe, tmp_path / "chain", progress=False)
+    assert chain.manifest.better_than_source == [chain.anchors[1].name]
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "chain")]).output
+    assert f"warning: {chain.anchors[1].name} read it better than the source" in shown

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.evaluation.held_out import HeldOutLoss, bits_per_byte, evaluate_loss
+from cbd_hub.evaluation.held_out import HeldOutLoss, bits_per_byte, evaluate_loss, losses_by_beginning
 from cbd_hub.text.packing import train_tokenizer
 
 
@@ -33,6 +33,17 @@ def test_equals_the_loss_of_transformers(family: str) -> None:
     assert got.loss == pytest.approx(expected, rel=1e-5)
     assert got.perplexity == pytest.approx(math.exp(expected), rel=1e-4)
     assert got.num_tokens == 5 * 11
+
+
+def test_losses_with_and_without_a_beginning_are_of_the_same_tokens() -> None:
+    model, text = tiny_model(tiny_config("llama")), make_blocks()
+    began, bare = losses_by_beginning(model, text, token=1)
+    with torch.no_grad():
+        without = model(text).logits[:, :-1]
+        with_it = model(F.pad(text, (1, 0), value=1)).logits[:, 1:-1]
+    for got, logits in ((began, with_it), (bare, without)):
+        assert got == pytest.approx(F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).item(), rel=1e-5)
+    assert began != pytest.approx(bare, rel=1e-3)
 
 
 def test_soft_capped_logits_are_capped() -> None:

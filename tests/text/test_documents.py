@@ -160,8 +160,11 @@ def test_weights_become_shares() -> None:
 def test_a_config_without_newer_fields_dumps_as_ever() -> None:
     config = DataConfig(text_files="a.txt")
     assert set(config.model_dump()) == {
-        "text_files", "dataset", "sequence_length", "held_out_fraction", "streaming", "seed",
+        "text_files", "dataset", "sequence_length", "held_out_fraction", "streaming", "seed", "begin_of_text",
+        "end_of_text",
     }  # fmt: skip
+    older = DataConfig(text_files="a.txt", begin_of_text="none", end_of_text="eos")  # as a build of before was packed
+    assert set(older.model_dump()) == set(config.model_dump()) - {"begin_of_text", "end_of_text"}
     newer = DataConfig(sources=[SourceConfig(text_files="a")], document_boundaries=True)
     assert DataConfig.model_validate_json(newer.model_dump_json()) == newer
     assert DataConfig.model_validate(config.model_dump()) == config

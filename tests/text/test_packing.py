@@ -12,14 +12,14 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from tiny_models import FAMILIES, tiny_config, tiny_model
-from tiny_text import make_documents, make_files, make_text, texts
+from tiny_text import make_documents, make_files, make_text, texts, tokenizer_with_beginning
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cbd_hub.errors import RecipeError
 from cbd_hub.text.documents import load_documents
-from cbd_hub.text.packing import block_batches, mix, pack, token_batches, train_tokenizer
+from cbd_hub.text.packing import block_batches, mix, pack, pack_as, token_batches, train_tokenizer
 from cbd_hub.text.settings import DataConfig
 from cbd_hub.text.splits import load_splits, split_documents
 
@@ -199,6 +199,62 @@ def test_a_packed_document_reads_as_if_alone(tokenizer: PreTrainedTokenizerFast,
             assert (joined[row] - alone).abs().max() > 0.01
 
 
+# -- begin of text ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun() -> PreTrainedTokenizerFast:
+    return tokenizer_with_beginning(make_documents())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_every_block_begins_as_a_text_does(begun: PreTrainedTokenizerFast, length: int, streaming: bool) -> None:
+    documents = make_documents(70)
+    rows = list(pack(documents.to_iterable_dataset() if streaming else documents, begun, length))
+    plain = [t for text in texts(documents) for t in [*begun(text)["input_ids"][1:], begun.eos_token_id]]
+    step = length - 1
+    assert [row["input_ids"] for row in rows] == [
+        [begun.bos_token_id, *plain[start : start + step]] for start in range(0, len(plain) - step + 1, step)
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("length", [2, 7, 64, 500])
+def test_with_boundaries_every_document_begins_too(
+    begun: PreTrainedTokenizerFast, length: int, streaming: bool
+) -> None:
+    documents = Dataset.from_dict({"text": [*texts(make_documents(40, 3)), ".", "the"]})
+    rows = list(pack(documents.to_iterable_dataset() if streaming else documents, begun, length, boundaries=True))
+    written = []
+    for row in rows:
+        assert row["input_ids"][0] == begun.bos_token_id
+        for place, (token, position, label) in enumerate(
+            zip(row["input_ids"], row["position_ids"], row["labels"], strict=True)
+        ):
+            begins = token == begun.bos_token_id
+            assert position == (0 if begins else row["position_ids"][place - 1] + 1)
+            assert label == (-100 if begins else token)
+        written += [token for token in row["input_ids"] if token != begun.bos_token_id]
+    plain = [t for text in texts(documents) for t in [*begun(text)["input_ids"][1:], begun.eos_token_id]]
+    assert written == plain[: len(written)]
+    assert len(plain) - len(written) < length
+
+
+def test_a_beginning_that_a_document_spells_is_not_written_twice(begun: PreTrainedTokenizerFast) -> None:
+    documents = Dataset.from_dict({"text": ["<s>the cat", "the cat"]})
+    (row,) = pack(documents, begun, 1 + 2 * (len(begun("the cat")["input_ids"])))
+    half = [*begun("the cat")["input_ids"][1:], begun.eos_token_id]
+    assert row["input_ids"] == [begun.bos_token_id, *half, *half]
+
+
+def test_a_recipe_without_beginning_packs_as_before(begun: PreTrainedTokenizerFast) -> None:
+    documents = make_documents(20)
+    config = DataConfig(text_files="unused", sequence_length=33, begin_of_text="none")
+    plain = [t for text in texts(documents) for t in [*begun(text)["input_ids"][1:], begun.eos_token_id]]
+    assert pack_as(config, documents, begun)["input_ids"][0] == plain[:33]
+
+
 # -- several sources -------------------------------------------------------------------------------------------
 
 
@@ -262,7 +318,7 @@ def test_one_source_is_not_mixed(tmp_path: Path, tokenizer: PreTrainedTokenizerF
 
 # -- going on in the middle of a stream ------------------------------------------------------------------------
 
-KINDS = ["files", "rows", "memory", "sources", "boundaries", "taken"]
+KINDS = ["files", "rows", "memory", "sources", "boundaries", "taken", "begun", "begun with boundaries"]
 
 
 def make_stream(folder: Path, tokenizer: PreTrainedTokenizerFast, kind: str) -> IterableDataset:
@@ -274,7 +330,9 @@ def make_stream(folder: Path, tokenizer: PreTrainedTokenizerFast, kind: str) -> 
     source = data["sources"][kind != "files"]
     fields = {name: value for name, value in source.items() if name != "weight"}
     documents = load_documents(DataConfig.model_validate({**fields, "streaming": True}), folder)
-    blocks = pack(split_documents(documents, 0.2, 0).train, tokenizer, 50, boundaries=kind == "boundaries")
+    if kind.startswith("begun"):
+        tokenizer = tokenizer_with_beginning(make_documents())
+    blocks = pack(split_documents(documents, 0.2, 0).train, tokenizer, 50, boundaries="boundaries" in kind)
     return blocks.take(120) if kind == "taken" else blocks
 
 
