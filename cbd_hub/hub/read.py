@@ -75,7 +75,7 @@ def clear_errors(repo_id: str, what: str, revision: str | None = None, *, writin
     Raises:
         ChainNotFoundError: Reading failed.
         PublishError: Writing failed.
-        OSError: The disk is full; with the client's other OSErrors turned into one of the above.
+        OSError: The system's own; with the client's other OSErrors turned into one of the above.
     """
     at = f" at revision {revision!r}" if revision else ""
     kind = PublishError if writing else ChainNotFoundError
@@ -118,7 +118,12 @@ def clear_errors(repo_id: str, what: str, revision: str | None = None, *, writin
                 f"the disk is full: {what} of {repo_id}{at} does not fit into the cache. Free some space, or name "
                 "another cache with HF_HOME or cache_dir="
             ) from None
-        if error.errno is not None:  # the system's own: a folder that cannot be written, say
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise kind(
+                f"{what} of {repo_id}{at} is to be written where you may not write ({error.filename}); name another "
+                "cache with HF_HOME or cache_dir="
+            ) from None
+        if error.errno is not None:  # the system's own
             raise
         raise kind(f"{what} of {repo_id}{at} could not be fetched: {_first_line(error)}") from None
 

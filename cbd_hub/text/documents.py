@@ -5,9 +5,12 @@ Text comes from files or from a dataset, on the Hub or on disk, and becomes *doc
 """
 
 import glob
+import gzip
+import io
 import json
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -59,8 +62,8 @@ def read_source(
 ) -> Documents:
     """Reads the documents of a source into a dataset with the one column ``text``.
 
-    Files are read in the order of their paths; ``.jsonl`` files hold one object a line, whose ``text`` is a document.
-    In others line ends become ``\\n``, and a single file is cut into
+    Files are read in the order of their paths; those that end in ``.gz`` are unpacked. ``.jsonl`` files hold one
+    object a line, whose ``text`` is a document. In others line ends become ``\\n``, and a single file is cut into
     documents at its form feeds, if it has any. Rows of a dataset that are empty are left out. Where a chat template
     writes the end of text last it is left off: :func:`cbd_hub.text.packing.pack` writes one.
 
@@ -124,14 +127,15 @@ def _literal_folders(pattern: str, base_dir: Path) -> str:
 def _read_documents(paths: Sequence[Path], cut: bool) -> Iterator[dict[str, str]]:
     for path in paths:
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()  # with every line end as \n
         except UnicodeDecodeError as error:
             raise RecipeError(f"{path} is not UTF-8 (byte {error.start}); convert it to UTF-8.") from error
-        except OSError as error:
-            raise RecipeError(f"{path} cannot be read: {error.strerror}.") from error
+        except (OSError, EOFError, zlib.error) as error:  # BadGzipFile is an OSError
+            raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
         if not text.strip():
             raise RecipeError(f"{path} is empty; remove it from text_files.")
-        if path.suffix in _JSON_LINES:
+        if (path.with_suffix("") if path.suffix == ".gz" else path).suffix in _JSON_LINES:
             yield from _json_lines(path, text)
             continue
         pieces = text.split("\f") if cut else [text]

@@ -34,7 +34,7 @@ class SourceConfig(Settings):
 
     text_files: str | list[str] | None = None
     """Paths or glob patterns of UTF-8 text files, relative to the recipe's folder. Each file is one document; a
-    ``.jsonl`` file holds one a line, under the key ``text``."""
+    ``.jsonl`` file holds one a line, under the key ``text``. Either may be packed (``.gz``)."""
     dataset: DatasetSource | None = None
     """A dataset to read the text from."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -53,7 +53,7 @@ class DataConfig(Settings):
 
     text_files: str | list[str] | None = None
     """Paths or glob patterns of UTF-8 text files, relative to the recipe's folder. Each file is one document; a
-    ``.jsonl`` file holds one a line, under the key ``text``."""
+    ``.jsonl`` file holds one a line, under the key ``text``. Either may be packed (``.gz``)."""
     dataset: DatasetSource | None = None
     """A dataset to read the text from."""
     sources: list[SourceConfig] | None = Field(default=None, min_length=1)

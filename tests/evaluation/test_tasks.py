@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from tiny_models import tiny_config, tiny_model
 from tiny_recipe import built_chain
+from tiny_text import make_documents, make_text, tokenizer_with_beginning
 from transformers import AutoTokenizer, PreTrainedModel
 from written_items import Row, asked, exported, passage, write
 
@@ -26,8 +28,10 @@ from cbd_hub import Chain, from_chain
 from cbd_hub.chain.compare import evaluate_on_tasks
 from cbd_hub.cli.main import main
 from cbd_hub.errors import RecipeError
+from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.evaluation.task_items import TASKS, read_items
 from cbd_hub.evaluation.tasks import evaluate_tasks
+from cbd_hub.text.packing import pack
 
 ROOT = Path(__file__).resolve().parents[2]
 HARNESS_FILES = {
@@ -53,6 +57,24 @@ def tokenizer() -> Any:
 def model() -> PreTrainedModel:
     """A random model that reads what the tiny chain's tokenizer writes, with room for whole prompts."""
     return tiny_model(tiny_config("llama", vocab_size=300, max_position_embeddings=512))
+
+
+def test_a_packed_document_has_the_likelihood_that_the_harness_gives_it(harness: Any) -> None:
+    """Perplexity of a text that fits into one block, begin-of-text token and all."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    begun = tokenizer_with_beginning(make_documents(), 290)
+    text = make_text(3, 2)
+    length = len(begun(text)["input_ids"])
+    ids = torch.tensor(pack(Dataset.from_dict({"text": [text]}), begun, length + 1)["input_ids"])
+    assert ids[0, -1] == begun.eos_token_id
+    ours = evaluate_loss(model(), ids[:, :-1])  # the harness reads no end of text
+    # It begins every text with the bos_token itself; what the tokenizer adds would be a second one, and be predicted.
+    judge = HFLM(pretrained=model(), tokenizer=begun, batch_size=1, add_bos_token=False)
+    request = Instance("loglikelihood_rolling", {}, (text,), 0)
+    (theirs,) = judge.loglikelihood_rolling([request], disable_tqdm=True)
+    assert -ours.loss * ours.num_tokens == pytest.approx(theirs, rel=1e-5)
 
 
 def by_hand(name: str, question: str, options: list[str]) -> dict[str, int]:

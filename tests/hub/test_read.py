@@ -230,6 +230,51 @@ print(json.dumps(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in m
     assert client.run(code, cache=tmp_path).value == expected
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="gives up rights as Linux has them")
+@pytest.mark.parametrize("whole", [True, False], ids=["whole files", "ranges"])
+def test_a_cache_that_cannot_be_written_is_used(chain: Path, client: Client, tmp_path: Path, whole: bool) -> None:
+    """A cache that somebody else filled, as on a cluster: nothing is written into it, and nothing is asked again."""
+    fill = """
+if whole:
+    from huggingface_hub import snapshot_download
+    snapshot_download("owner/chain", cache_dir=cache)
+from_chain("owner/chain", "100k", cache_dir=cache)
+print(json.dumps(1))
+"""
+    cache_dir = tmp_path / "cache"
+    try:
+        assert client.run(fill, cache=cache_dir, whole=whole).value == 1
+        for path in (cache_dir, *cache_dir.rglob("*")):
+            if not path.is_symlink():
+                path.chmod(0o555 if path.is_dir() else 0o444)
+        before = {path: path.lstat().st_mtime_ns for path in cache_dir.rglob("*")}
+        use = """
+import ctypes, os
+if os.geteuid() == 0:  # without the right to write what may not be written (CAP_DAC_OVERRIDE)
+    head, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None)
+    assert libc.capget(head, sets) == 0
+    sets[0] &= ~2
+    assert libc.capset(head, sets) == 0
+try:
+    (Path(cache) / "probe").write_text("")
+except PermissionError:
+    model = from_chain("owner/chain", "100k", cache_dir=cache)
+    print(json.dumps(sum(p.numel() for p in model.parameters())))
+"""
+        assert client.run(use, cache=cache_dir).value == from_chain(chain, "100k").num_parameters()
+        if not whole:  # another size needs bytes that are not there
+            more = client.run(use.replace("100k", "130k"), cache=cache_dir)
+            last = more.err.strip().splitlines()[-1]
+            assert last.startswith("cbd_hub.errors.ChainNotFoundError: ") and "where you may not write" in last
+            assert "HF_HOME or cache_dir=" in last
+        assert {path: path.lstat().st_mtime_ns for path in cache_dir.rglob("*")} == before
+    finally:
+        for path in (cache_dir, *cache_dir.rglob("*")):
+            if path.is_dir():
+                path.chmod(0o755)
+
+
 def test_what_the_hub_refuses(hub: HubServer, client: Client, tmp_path: Path) -> None:
     assert "there is no repository 'owner/none' that you may read" in said(client, tmp_path, "owner/none")
     assert "owner/chain has no revision 'v9'; see its branches, tags and commits" in said(

@@ -1,5 +1,6 @@
 """Reading real files and datasets."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -264,6 +265,25 @@ def test_a_list_of_anything_else_is_no_conversation(
 
 
 # -- JSON lines, odd paths and columns --------------------------------------------------------------------------------
+
+
+def test_packed_files_read_as_what_they_hold(tmp_path: Path) -> None:
+    """Line ends, the byte order mark, form feeds and JSON lines as ever; a damaged archive is named."""
+    plain = {"a.txt": "\ufeffone\r\ntwo", "b.jsonl": '{"text": "three"}\n{"text": "four"}\n'}
+    for name, content in plain.items():
+        (tmp_path / name).write_bytes(content.encode())
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    for streaming in (False, True):
+        got = [
+            texts(load_documents(DataConfig(text_files=names, streaming=streaming), tmp_path))
+            for names in (["*.txt", "*.jsonl"], ["*.gz"])
+        ]
+        assert got[0] == got[1] == ["one\ntwo", "three", "four"]
+    whole = (tmp_path / "a.txt.gz").read_bytes()
+    for damaged in (whole[:-9], b"no archive", whole[:12] + b"\xff\xff" + whole[14:]):
+        (tmp_path / "a.txt.gz").write_bytes(damaged)
+        with pytest.raises(RecipeError, match=r"a\.txt\.gz cannot be read: "):
+            load_documents(DataConfig(text_files="a.txt.gz"), tmp_path)
 
 
 def lines(folder: Path, *rows: object, name: str = "a.jsonl") -> Path:
