@@ -45,14 +45,14 @@ NO_TORCH = (
     "progress",
     "hub.read",
     "hub.write",
-    "hub.chain_files",
+    "hub.client_errors",
     "build.recipe",
     "chain.chain",
     "cli",
 )
 HEAVY = {"torch", "transformers"}
 NETWORK = {"requests", "httpx", "httpx2", "urllib3", "aiohttp", "socket", "urllib.request", "http.client"}
-HUB_MODULES = ("hub.read", "hub.write")
+HUB_MODULES = ("hub.client_errors", "hub.read", "hub.write")
 # What of huggingface_hub other modules may use, none of which talks to the Hub: the progress bar, which
 # obeys HF_HUB_DISABLE_PROGRESS_BARS, in one module, and the data classes of model cards where cards are made and sent.
 HUB_NAMES_ANYWHERE = {"StrictDataclassError"}

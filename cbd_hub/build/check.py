@@ -18,10 +18,8 @@ from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, ladder
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import AnchorSpec, Recipe, load_recipe
-from cbd_hub.errors import CbdError, IntegrityError, RecipeError
-from cbd_hub.hub.load import differing_names, refuse_pointers
+from cbd_hub.errors import CbdError, RecipeError
 from cbd_hub.initialization.fresh import fresh_config
-from cbd_hub.interpolation.checkpoints import Checkpoint, find_files
 from cbd_hub.interpolation.control_points import choose_rank
 from cbd_hub.interpolation.pair import Pair
 
@@ -128,7 +126,8 @@ def check_inputs(inputs: BuildInputs, output: Path) -> BuildPlan:
     with noted:
         _check_length(config, recipe)
     with noted:
-        _check_headers(inputs, config)
+        if recipe.source.model is not None:
+            inputs.check_headers(recipe.source.model, recipe.source.revision, config)
     anchors: list[PlannedAnchor] = []
     peak = seconds = 0.0
     with noted:
@@ -238,25 +237,6 @@ def _check_length(config: PreTrainedConfig, recipe: Recipe) -> None:
         )
 
 
-def _check_headers(inputs: BuildInputs, config: PreTrainedConfig) -> None:
-    """Compares the headers of a local source's weights with its config, without reading a weight."""
-    source = inputs.recipe.source
-    if source.model is None or not (folder := Path(inputs.local(source.model))).is_dir():
-        return
-    axis_map = axis_map_for(config)
-    try:
-        files = [folder / name for name in find_files(folder)]
-        refuse_pointers(path for path in files if path.is_file())
-        checkpoint, sizes = Checkpoint(files, axis_map), axis_map.sizes(config)
-        expected = axis_map.shapes(sizes)
-        if missing := [name for name in expected if name not in checkpoint.tensors]:
-            others = [name for name in checkpoint.tensors if name not in expected]
-            raise differing_names(source.model, "lacks", missing, others)
-        checkpoint.check(sizes)
-    except IntegrityError as error:
-        raise RecipeError(str(error).replace("the manifest says", "config.json says")) from error
-
-
 def anchor_sizes(
     recipe: Recipe, spec: AnchorSpec, axis_map: AxisMap, large: Sizes, config: Callable[[], PreTrainedConfig]
 ) -> dict[str, int]:
@@ -299,6 +279,7 @@ def _next(
     config = inputs.checkpoint_config(spec.init, spec.revision)
     check_neighbors(config, large_config, spec.init, sizes=large)
     inputs.check_tokenizer(spec.init, spec.revision)
+    inputs.check_headers(spec.init, spec.revision, config)
     return axis_map_for(config).sizes(config), config
 
 

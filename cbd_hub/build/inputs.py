@@ -24,7 +24,7 @@ from cbd_hub.build.settings import BridgeConfig
 from cbd_hub.errors import ManifestError, RecipeError
 from cbd_hub.evaluation.held_out import losses_by_beginning
 from cbd_hub.files import copy_files
-from cbd_hub.hub.load import load_config, load_model
+from cbd_hub.hub.load import check_headers, load_config, load_model
 from cbd_hub.hub.read import Location
 from cbd_hub.hub.untrusted import guarded, is_tokenizer_file
 from cbd_hub.initialization.fresh import fresh_config, fresh_model
@@ -203,10 +203,6 @@ class BuildInputs:
         rows = max(1, REFIT_TOKENS // self.recipe.data.sequence_length)
         return torch.cat(list(islice(token_batches(self.text.train, 1), rows)))
 
-    def local(self, place: str) -> str:
-        """A path relative to the recipe as it is on this machine; a repository id as it is."""
-        return self._location(place).place
-
     def _location(self, place: str, revision: str | None = None) -> Location:
         path = (self.base / Path(place).expanduser()).resolve()
         return Location(str(path) if path.exists() else place, revision)
@@ -231,6 +227,14 @@ class BuildInputs:
         own = _load_tokenizer(self._location(place, revision))
         if own is not None and self.tokenizer is not None:
             check_tokenizers(own, self.tokenizer, place)
+
+    def check_headers(self, place: str, revision: str | None, config: PreTrainedConfig) -> None:
+        """Compares the weights of a checkpoint with its config, without reading any.
+
+        Raises:
+            RecipeError: See :func:`cbd_hub.hub.load.check_headers`.
+        """
+        check_headers(self._location(place, revision), config)
 
     def checkpoint_config(self, place: str, revision: str | None) -> PreTrainedConfig:
         """Loads a model's config alone.
@@ -319,8 +323,8 @@ class BuildInputs:
 
 def _load_tokenizer(location: Location) -> Tokenizer | None:
     """Loads a tokenizer; None where a model ships none (transformers may then make an empty one up)."""
-    place, folder = location.place, Path(location.place)
-    if folder.is_dir() and not any("token" in p.name or "vocab" in p.name for p in folder.iterdir()):
+    place = location.place
+    if not any("token" in name or "vocab" in name for name in location.names()):
         return None
     load = partial(AutoTokenizer.from_pretrained, place, trust_remote_code=False, **location.options)
     try:

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from cbd_hub.axes.architectures import AXIS_MAPS, axis_map_for
 from cbd_hub.chain.refine import choose
 from cbd_hub.errors import IntegrityError, ManifestError
-from cbd_hub.hub.chain_files import anchor_place, checked_file
+from cbd_hub.hub.read import anchor_place, checked_file
 from cbd_hub.hub.sources import open_checkpoint, open_control_point, reader, weight_files
 from cbd_hub.hub.untrusted import guarded, read_config, read_generation_config
 from cbd_hub.interpolation.checkpoints import Checkpoint

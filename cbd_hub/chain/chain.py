@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cbd_hub.errors import ChainNotFoundError, IntegrityError
-from cbd_hub.hub.chain_files import checked_file, copy_chain
-from cbd_hub.hub.read import Location
+from cbd_hub.hub.read import Location, checked_file, copy_chain
 from cbd_hub.interpolation.plan import Plan, make_plan
 from cbd_hub.manifest import manifest as manifests
 from cbd_hub.manifest.index_maps import IndexMap, load_index_maps

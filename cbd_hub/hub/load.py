@@ -14,11 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from cbd_hub.errors import RecipeError
+from cbd_hub.axes.architectures import axis_map_for
+from cbd_hub.errors import IntegrityError, RecipeError
 from cbd_hub.hub.read import Location
 from cbd_hub.hub.untrusted import mend_generation_config
+from cbd_hub.interpolation.checkpoints import Checkpoint, find_files
 
-__all__ = ["differing_names", "load_config", "load_model", "refuse_pointers"]
+__all__ = ["check_headers", "load_config", "load_model"]
 
 _LFS = b"version https://git-lfs"
 _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -56,6 +58,48 @@ def load_config(location: Location) -> PreTrainedConfig:
     return config
 
 
+def check_headers(location: Location, config: PreTrainedConfig) -> None:
+    """Compares the headers of a model's weights with its config, without reading a weight.
+
+    Args:
+        location: A folder, or a repository (not asked while offline).
+        config: Of a family that has an axis map.
+
+    Cost: reading the headers; from the Hub, two requests a file.
+
+    Raises:
+        RecipeError: A file is damaged or only a pointer to one, or weights are missing, left over or of another shape.
+    """
+    place, axis_map = location.place, axis_map_for(config)
+    sizes = axis_map.sizes(config)
+    expected = axis_map.shapes(sizes)
+    if (shapes := location.stored_shapes()) is not None:
+        named = {axis_map.parameter_name(key): shape for key, shape in shapes.items()}
+        stored = {name: shape for name, shape in named.items() if name is not None}
+    elif location.is_local:
+        folder = Path(place).expanduser()
+        try:
+            files = [folder / name for name in find_files(folder)]
+            _refuse_pointers(path for path in files if path.is_file())
+            checkpoint = Checkpoint(files, axis_map)
+        except IntegrityError as error:
+            raise RecipeError(str(error)) from error
+        stored = {name: info.shape for name, info in checkpoint.tensors.items()}
+    else:
+        return
+    others = [name for name in stored if name not in expected]
+    if missing := [name for name in expected if name not in stored]:
+        raise _differing_names(place, "lacks", missing, others)
+    if others:
+        raise _differing_names(place, "has, and the model does not,", others)
+    for name, shape in stored.items():
+        if shape != expected[name]:
+            raise RecipeError(
+                f"{name} of {place!r} has shape {list(shape)}, and config.json says {list(expected[name])}; take the "
+                "config that was saved with these weights"
+            )
+
+
 def load_model(location: Location, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
     """Loads a causal language model in eval mode, every parameter from its safetensors files.
 
@@ -70,7 +114,7 @@ def load_model(location: Location, dtype: torch.dtype | str = torch.float32) -> 
             left over, of another shape or not finite; a stored head that differs from the embedding it is tied to.
     """
     place, config = location.place, load_config(location)
-    refuse_pointers(sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else [])
+    _refuse_pointers(sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else [])
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
@@ -105,12 +149,8 @@ def load_model(location: Location, dtype: torch.dtype | str = torch.float32) -> 
     return model
 
 
-def refuse_pointers(paths: Iterable[Path]) -> None:
-    """Refuses weights of which only the Git LFS pointers were fetched.
-
-    Raises:
-        RecipeError: A file is one.
-    """
+def _refuse_pointers(paths: Iterable[Path]) -> None:
+    """Refuses weights of which only the Git LFS pointers were fetched."""
     for path in paths:
         with path.open("rb") as file:
             if file.read(len(_LFS)) == _LFS:
@@ -119,15 +159,8 @@ def refuse_pointers(paths: Iterable[Path]) -> None:
                 )
 
 
-def differing_names(place: str, what: str, names: Sequence[str], others: Sequence[str] = ()) -> RecipeError:
-    """Returns the error of a checkpoint whose weights have other names than its model's.
-
-    Args:
-        place: The checkpoint.
-        what: What it does with them: ``lacks``, or ``has, and the model does not,``.
-        names: The parameters.
-        others: What it has instead.
-    """
+def _differing_names(place: str, what: str, names: Sequence[str], others: Sequence[str] = ()) -> RecipeError:
+    """The error of a checkpoint that ``lacks`` parameters, or ``has, and the model does not,`` some."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     other = f"; it has others instead, such as {others[0]}" if others else ""
     return RecipeError(
@@ -142,7 +175,7 @@ def _check_report(place: str, model: PreTrainedModel, report: dict[str, Any]) ->
     for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, and the model does not,")):
         if names := sorted(set(report[kind]) - tied):
             left = sorted(report["unexpected_keys"]) if kind == "missing_keys" else ()
-            raise differing_names(place, what, names, left)
+            raise _differing_names(place, what, names, left)
     if report["mismatched_keys"]:
         first = sorted(map(str, report["mismatched_keys"]))[0]
         raise RecipeError(f"weights of {place!r} have another shape than its config.json says: {first}")

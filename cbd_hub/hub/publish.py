@@ -20,8 +20,7 @@ from cbd_hub.errors import ChainNotFoundError, PublishError
 from cbd_hub.files import locked_folder
 from cbd_hub.hub import cards
 from cbd_hub.hub.card_results import add_results
-from cbd_hub.hub.chain_files import anchor_place, checked_file
-from cbd_hub.hub.read import Location
+from cbd_hub.hub.read import Location, anchor_place, checked_file
 from cbd_hub.hub.write import Commit, Content, Repository, State, gather
 from cbd_hub.manifest import manifest as manifests
 from cbd_hub.manifest.manifest import FileEntry, Manifest

@@ -1,20 +1,20 @@
 """Reading from the Hugging Face Hub; :mod:`cbd_hub.hub.write` writes to it. No other module talks to the Hub.
 
-A :class:`Location` is a folder or a repository at a revision; everything else asks it for files by name and gets local
-paths: whole files through the Hub's own cache, byte ranges of a large file through a file beside it
-(:mod:`cbd_hub.hub.partial_files`). Errors of the client become one line that says what to do.
+A :class:`Location` is a folder or a repository at a revision, and each anchor of a chain has one; everything else asks
+it for files by name and gets local paths: whole files through the Hub's own cache, byte ranges of a large file through
+a file beside it (:mod:`cbd_hub.hub.partial_files`). Errors of the client become one line
+(:mod:`cbd_hub.hub.client_errors`).
 """
 
-import errno
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import (
@@ -26,31 +26,32 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import (  # type: ignore[attr-defined]
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
+from huggingface_hub.errors import (
     LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
 
-from cbd_hub.errors import CbdError, ChainNotFoundError, IntegrityError, PublishError
+from cbd_hub.errors import CbdError, ChainNotFoundError, IntegrityError
+from cbd_hub.files import whole_folder
+from cbd_hub.hub.client_errors import again, clear_errors
 from cbd_hub.hub.partial_files import PartialFile, has_hash
 from cbd_hub.interpolation.ranges import Run, count_bytes
-from cbd_hub.progress import counter
+from cbd_hub.manifest import manifest as manifests
+from cbd_hub.manifest.manifest import Anchor, FileEntry, Manifest
+from cbd_hub.progress import counter, progress_bar
 
-__all__ = ["LIBRARY", "Location", "NoRangesError", "RangedFile", "clear_errors"]
-
-T = TypeVar("T")
-
-_HICCUPS = frozenset({408, 425, 429, 500, 502, 503, 504})
-_WAITS, _LONGEST_WAIT = (0.5, 1.0, 2.0, 4.0), 30.0  # seconds before each further try; the most a server can ask for
+__all__ = [
+    "LIBRARY",
+    "Location",
+    "NoRangesError",
+    "RangedFile",
+    "anchor_place",
+    "checked_file",
+    "copy_chain",
+    "dropping_damage",
+]
 
 LIBRARY: dict[str, Any] = {"library_name": "cbd_hub", "library_version": version("cbd_hub")}
 """Told to the Hub, which counts downloads by library."""
@@ -60,92 +61,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 class NoRangesError(CbdError, RuntimeError):
     """The server does not answer byte ranges; the file is then fetched whole."""
-
-
-@contextmanager
-def clear_errors(repo_id: str, what: str, revision: str | None = None, *, writing: bool = False) -> Iterator[None]:
-    """Turns the client's errors into one line each. GatedRepoError is a RepositoryNotFoundError: it comes first.
-
-    Args:
-        repo_id: The repository.
-        what: A file of it, or what is being done to it.
-        revision: Branch, tag or commit.
-        writing: Whether something is being published.
-
-    Raises:
-        ChainNotFoundError: Reading failed.
-        PublishError: Writing failed.
-        OSError: The system's own; with the client's other OSErrors turned into one of the above.
-    """
-    at = f" at revision {revision!r}" if revision else ""
-    kind = PublishError if writing else ChainNotFoundError
-    try:
-        yield
-    except CbdError:
-        raise
-    except GatedRepoError:
-        raise kind(
-            f"{repo_id} is gated: ask for access on its page at the Hub, then log in (`hf auth login`) or pass token="
-        ) from None
-    except RepositoryNotFoundError:
-        raise kind(
-            f"there is no repository {repo_id!r} that you may {'write to' if writing else 'read'}. Check the "
-            "spelling; a private one needs `hf auth login`, HF_TOKEN or token="
-        ) from None
-    except RevisionNotFoundError:
-        raise kind(f"{repo_id} has no revision {revision!r}; see its branches, tags and commits") from None
-    except LocalEntryNotFoundError:
-        raise kind(
-            f"{what} of {repo_id}{at} is not in the cache and the Hub cannot be asked (offline, not reached, or "
-            "local_files_only=True). Connect once to fetch it"
-        ) from None
-    except EntryNotFoundError:
-        raise kind(f"{repo_id}{at} has no file {what!r}; is it a chain?") from None
-    except HFValidationError as error:
-        raise kind(f"{repo_id!r} is neither a folder nor a repository id: {error}") from None
-    except OfflineModeIsEnabled:
-        raise kind(f"HF_HUB_OFFLINE is set, and {what} of {repo_id}{at} needs the Hub: unset it") from None
-    except LocalTokenNotFoundError:
-        raise kind(f"{repo_id} needs a token: `hf auth login`, HF_TOKEN or token=") from None
-    except HfHubHTTPError as error:
-        raise kind(_refusal(repo_id, what, at, error)) from None
-    except HTTPError as error:
-        why = str(error) or type(error).__name__
-        raise kind(f"the connection to the Hub broke during {what} of {repo_id}{at} ({why}); try again") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise kind(
-                f"the disk is full: {what} of {repo_id}{at} does not fit into the cache. Free some space, or name "
-                "another cache with HF_HOME or cache_dir="
-            ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise kind(
-                f"{what} of {repo_id}{at} is to be written where you may not write ({error.filename}); name another "
-                "cache with HF_HOME or cache_dir="
-            ) from None
-        if error.errno is not None:  # the system's own
-            raise
-        raise kind(f"{what} of {repo_id}{at} could not be fetched: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _refusal(repo_id: str, what: str, at: str, error: HfHubHTTPError) -> str:
-    status = error.response.status_code
-    reason = error.server_message or _first_line(error)
-    if status == 401:
-        return f"the Hub does not accept the token for {repo_id}: `hf auth login`, HF_TOKEN or token= ({reason})"
-    if status == 403:
-        return f"your token has no permission for {what} of {repo_id}: it needs write access to it ({reason})"
-    if status == 412:
-        return f"{repo_id}{at} was changed by another commit meanwhile; nothing was overwritten: run this again"
-    if status == 429:
-        return f"the Hub limits the rate of requests ({what} of {repo_id}{at}); wait a little and try again"
-    if status >= 500:
-        return f"the Hub failed ({status}) during {what} of {repo_id}{at}; try again later"
-    return f"the Hub refused {what} of {repo_id}{at}: {reason}"
 
 
 @dataclass(frozen=True)
@@ -207,7 +122,7 @@ class Location:
         if self.place.startswith((".", "/", "~")) or self.place.count("/") > 1:
             raise ChainNotFoundError(f"there is no folder {self.place!r}")
         with clear_errors(self.place, filename, self.revision):
-            return Path(_again(lambda: hf_hub_download(self.place, name, **self.options, **LIBRARY)))
+            return Path(again(lambda: hf_hub_download(self.place, name, **self.options, **LIBRARY)))
 
     def names(self) -> list[str]:
         """Returns the names of all files that are here, sorted; offline those of the cached snapshot alone.
@@ -222,11 +137,30 @@ class Location:
         if not (self.local_files_only or constants.HF_HUB_OFFLINE):
             with clear_errors(self.place, "its files", self.revision):
                 api = HfApi(token=self.token, **LIBRARY)
-                listed = _again(lambda: api.list_repo_files(self.place, revision=self.revision))
+                listed = again(lambda: api.list_repo_files(self.place, revision=self.revision))
             return sorted(name.removeprefix(before) for name in listed if name.startswith(before))
         known = self.cached("config.json") or self.cached("tokenizer_config.json")
         root = known.parent if known is not None else Path()
         return [] if known is None else sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Returns the shape of every tensor of a repository's model by its stored name, from the headers alone.
+
+        None for a folder, and where the Hub is not to be asked.
+
+        Raises:
+            ChainNotFoundError: No such repository or revision, no access, or no safetensors files.
+        """
+        if self.is_local or self.subfolder or self.local_files_only or constants.HF_HUB_OFFLINE:
+            return None
+        with clear_errors(self.place, "its weights' headers", self.revision):
+            api = HfApi(token=self.token, **LIBRARY)
+            try:
+                found = again(lambda: api.get_safetensors_metadata(self.place, revision=self.revision))
+            except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+                raise ChainNotFoundError(f"{self.place} has no safetensors weights to read: {error}") from None
+        files = found.files_metadata.values()
+        return {name: tuple(info.shape) for file in files for name, info in file.tensors.items()}
 
     def cached(self, name: str) -> Path | None:
         """Returns the local path of a file that is there already, whole; None where it would have to be fetched."""
@@ -361,32 +295,60 @@ class RangedFile:
         return metadata.location, headers
 
 
-def _again(call: Callable[[], T]) -> T:
-    """Returns what a call returns; a hiccup of the Hub or the network is waited out, a few times.
+def anchor_place(chain: Location, anchor: Anchor) -> Location:
+    """Returns where an anchor's files are: a repository of its own, or a folder of the chain's."""
+    if anchor.repo_id:
+        return chain.elsewhere(anchor.repo_id, anchor.revision).inside(anchor.subfolder)
+    return chain.inside(anchor.subfolder)
 
-    The client retries the bytes of a download by itself, but not the question that comes before them.
+
+@contextmanager
+def dropping_damage(place: Location) -> Iterator[None]:
+    """Drops a fetched file that turned out to be damaged, so that the next call fetches it again."""
+    try:
+        yield
+    except IntegrityError as error:
+        place.forget(error.path)
+        raise
+
+
+def checked_file(place: Location, name: str, entry: FileEntry) -> Path:
+    """Returns the local path of a file whose size and SHA-256 are what the manifest says.
+
+    Raises:
+        ChainNotFoundError: There is no such file, or no access to it.
+        IntegrityError: It differs.
     """
-    for wait in _WAITS:
-        try:
-            return call()
-        except (HTTPError, OSError) as error:
-            if (after := _passing(error)) is None:
-                raise
-            time.sleep(min(after or wait, _LONGEST_WAIT))
-    return call()
+    try:
+        path = place.file(name)
+    except ChainNotFoundError as error:
+        if place.is_local:
+            raise IntegrityError(f"{error}, which the manifest names") from None
+        raise
+    with dropping_damage(place):
+        manifests.check_file(path, entry)
+    return path
 
 
-def _passing(error: BaseException | None) -> float | None:
-    """For how many seconds the server asked to wait (0: not said); None for an error that will be there again."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if response is not None and response.status_code in _HICCUPS:
-            after = response.headers.get("Retry-After", "")
-            return float(after) if after.isdigit() else 0.0
-        if isinstance(error, HTTPError) and response is None:  # a connection that broke, or none at all
-            return 0.0
-        error = error.__cause__ or error.__context__
-    return None
+def copy_chain(manifest: Manifest, chain: Location, folder: Path) -> None:
+    """Copies a chain, anchors included, into an empty folder; its manifest then names that folder's own files.
+
+    Raises:
+        OutputExistsError: The folder is not empty.
+        IntegrityError: A file is not what the manifest says; nothing is left behind then.
+    """
+    wanted = [(chain, "", name, entry) for name, entry in manifest.top_files.items()]
+    anchors = []
+    for anchor in manifest.anchors:
+        inner = f"anchors/{anchor.name}"
+        wanted += [(anchor_place(chain, anchor), inner, name, entry) for name, entry in anchor.files.items()]
+        anchors.append(anchor.model_copy(update={"repo_id": None, "revision": None, "subfolder": inner}))
+    with whole_folder(folder) as temporary:
+        for place, inner, name, entry in progress_bar(wanted, "copying", unit="file"):
+            destination = temporary / inner / name
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checked_file(place, name, entry), destination)
+        manifests.write_manifest(manifest.model_copy(update={"anchors": anchors}), temporary)
 
 
 def _get_range(url: str, headers: dict[str, str], size: int, start: int, stop: int) -> bytes:

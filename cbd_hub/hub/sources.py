@@ -13,8 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.errors import ChainNotFoundError, IntegrityError
-from cbd_hub.hub.chain_files import checked_file, dropping_damage
-from cbd_hub.hub.read import Location, NoRangesError
+from cbd_hub.hub.read import Location, NoRangesError, checked_file, dropping_damage
 from cbd_hub.interpolation.checkpoints import Checkpoint, Digest, read_header
 from cbd_hub.interpolation.materialize import Read, parse_dtype
 from cbd_hub.interpolation.plan import nearly_all
@@ -76,7 +75,7 @@ def open_checkpoint(
     """Opens an anchor's weights and checks their headers against the manifest; reads no weight.
 
     Args:
-        place: From :func:`cbd_hub.hub.chain_files.anchor_place`.
+        place: From :func:`cbd_hub.hub.read.anchor_place`.
         anchor: Its entry in the manifest.
         axis_map: The resolved map of the family.
         checksums: Digest of every tensor; None checks whole files against their SHA-256 instead.

@@ -15,8 +15,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from cbd_hub.errors import PublishError
+from cbd_hub.hub.client_errors import clear_errors
 from cbd_hub.hub.partial_files import has_hash
-from cbd_hub.hub.read import LIBRARY, clear_errors
+from cbd_hub.hub.read import LIBRARY
 from cbd_hub.manifest.manifest import file_entry
 
 __all__ = ["Commit", "Content", "Repository", "State", "gather"]

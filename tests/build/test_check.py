@@ -1,7 +1,6 @@
 """What a build would stop at is said before it starts, all of it at once; what it will do is shown."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +85,11 @@ def damage_shape(place: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 999}))
 
 
+def damage_width(place: Path) -> None:
+    path = place / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 150}))
+
+
 def damage_lfs(place: Path) -> None:
     (place / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
 
@@ -149,11 +153,26 @@ def test_a_large_step_is_warned_about(tmp_path: Path) -> None:
     assert check_recipe(recipe(large, anchors=[fraction + 0.005])).warnings == []
 
 
-def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000))
-    (found,) = check_recipe(tiny_recipe(), tmp_path / "chain").problems
-    assert "GB on the disk of" in found and "are free" in found
+def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
+    """A chain larger than any disk, of which nothing is made."""
+    large = tiny_recipe(anchors=[{"shape": {"intermediate_size": 10**14}}])
+    large["source"]["train"]["config"]["intermediate_size"] = 2 * 10**14
+    (found,) = check_recipe(large, tmp_path / "chain").problems
+    assert f"GB on the disk of {tmp_path}, and " in found and "are free" in found
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(damage_width, "config.json says"), (damage_lfs, "Git LFS pointer"), (damage_shard, "cannot be read")],
+)
+def test_damaged_anchors_are_found_before_the_source_is_touched(tmp_path: Path, damage: Any, message: str) -> None:
+    """A ready-made anchor is the last step of a build: what its headers tell must not wait for it."""
+    place = source(tmp_path / "src")
+    ready = source(tmp_path / "ready", intermediate_size=200)
+    both = recipe(place, anchors=[{"init": str(ready)}])
+    assert check_recipe(both).problems == []
+    damage(ready)
+    assert any(message in text for text in problems(both, tmp_path / "chain"))
 
 
 def test_the_command(tmp_path: Path) -> None:

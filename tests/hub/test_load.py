@@ -172,3 +172,36 @@ def test_a_head_of_its_own_is_refused_from_the_hub_too(tmp_path: Path, other: bo
             done = client.run(HUB_CODE, folder=str(folder))
     assert done.status == 0, done.err
     assert ("ties lm_head.weight to the embedding" in done.value) if other else done.value == "loaded"
+
+
+CHECK_CODE = """
+from cbd_hub.build.check import check_recipe
+from huggingface_hub import HfApi
+HfApi().create_repo("owner/x", exist_ok=True)
+HfApi().upload_folder(repo_id="owner/x", folder_path=folder)
+recipe = {"name": "x", "source": {"model": "owner/x"}, "anchors": [0.8], "distillation": {"tokens": 0}}
+print(json.dumps(check_recipe(recipe).problems))
+"""
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda w: w, None),
+        (lambda w: {f"module.{name}": tensor for name, tensor in w.items()}, "lacks model.embed_tokens"),
+        (lambda w: {**w, "model.extra": torch.ones(2)}, "has, and the model does not, model.extra"),
+        (lambda w: {**w, "model.norm.weight": torch.ones(3)}, "has shape [3], and config.json says"),
+    ],
+)
+def test_a_check_reads_headers_from_the_hub_and_no_weight(
+    tmp_path: Path, changed: Callable[[Weights], Weights], message: str | None
+) -> None:
+    folder = save(tmp_path / "m")
+    change(folder, changed)
+    with HubServer() as hub:
+        hub.add_user("owner", "hf_owner")
+        with Client(hub.environment(tmp_path / "home", "hf_owner")) as client:
+            found = client.run(CHECK_CODE, folder=str(folder)).value
+            asked = [r for r in hub.requests if r.method == "GET" and r.path.endswith("model.safetensors")]
+    assert (found == []) if message is None else any(message in text for text in found), found
+    assert asked and not list((tmp_path / "home").rglob("*.safetensors"))
