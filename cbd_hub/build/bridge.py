@@ -52,7 +52,7 @@ from cbd_hub.text.token_groups import TokenAligner
 from cbd_hub.text.vocabulary import Pairs, Vocabulary, VocabularyReport, compare_vocabularies
 from cbd_hub.training.distill import distill
 
-__all__ = ["BridgeInputs", "build_anchor_zero", "choose"]
+__all__ = ["BridgeInputs", "anchor_zero_config", "build_anchor_zero", "choose"]
 
 
 SHARED_ENOUGH = 0.3
@@ -191,7 +191,7 @@ def build_anchor_zero(
     say(f"bridge from {on.source_name}: {' + '.join(ways) or 'nothing but the corpus'}, because {why}")
     if report is not None:
         say(str(report))
-    target_config = _config(config, on)
+    target_config = anchor_zero_config(config, None if on.source is None else on.source.config, on.tokenizer)
     model, copied, fresh_blocks = _start(config, on, target_config, "transplant" in ways, progress)
     say(f"anchor zero starts with {', '.join(copied) or 'random weights'}")
     if fresh_blocks is not None:
@@ -231,9 +231,17 @@ def build_anchor_zero(
     return model.eval(), training, record
 
 
-def _config(config: BridgeConfig, on: BridgeInputs) -> PreTrainedConfig:
-    """Anchor zero's config."""
-    own = None if on.source is None else on.source.config
+def anchor_zero_config(config: BridgeConfig, own: PreTrainedConfig | None, tokenizer: Tokenizer) -> PreTrainedConfig:
+    """Returns anchor zero's config.
+
+    Args:
+        config: How it is made.
+        own: The source's config; None where it is behind a server.
+        tokenizer: The chain's.
+
+    Raises:
+        RecipeError: There is no architecture to take, or a field that it does not have.
+    """
     architecture = config.architecture or (own.model_type if own is not None else None)
     if architecture is None:
         raise RecipeError("bridge.architecture is missing, and a source behind a server has none to take over")
@@ -244,7 +252,7 @@ def _config(config: BridgeConfig, on: BridgeInputs) -> PreTrainedConfig:
         depth = next(field for field, axis in axis_map.fields.items() if axis == "layers")
         if config.config.get(depth, base[depth]) != base[depth]:  # lists of one entry a layer no longer fit
             base = {k: v for k, v in base.items() if k not in axis_map.layer_lists}
-    return fresh_config(architecture, on.tokenizer, config.config, base, key="bridge.config")
+    return fresh_config(architecture, tokenizer, config.config, base, key="bridge.config")
 
 
 def _start(

@@ -16,6 +16,7 @@ from cbd_hub.alignment.ready_made import check_neighbors
 from cbd_hub.axes.architectures import axis_map_for, register_axis_map
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, ladder
+from cbd_hub.build.bridge import anchor_zero_config
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import AnchorSpec, Recipe, load_recipe
 from cbd_hub.errors import CbdError, RecipeError
@@ -126,14 +127,14 @@ def check_inputs(inputs: BuildInputs, output: Path) -> BuildPlan:
     with noted:
         _check_length(config, recipe)
     with noted:
-        if recipe.source.model is not None:
+        if recipe.source.model is not None and recipe.bridge is None:
             inputs.check_headers(recipe.source.model, recipe.source.revision, config)
     anchors: list[PlannedAnchor] = []
     peak = seconds = 0.0
     with noted:
         axis_map = axis_map_for(config)
         sizes: Sizes = axis_map.sizes(config)
-        train = recipe.source.train
+        train = recipe.bridge or recipe.source.train
         count, tokens = count_parameters(axis_map, sizes), 0 if train is None else train.training.tokens
         anchors.append(PlannedAnchor(count, axis_map.config_fields(sizes), tokens, 1.0))
         seconds = 6.0 * count * tokens
@@ -201,10 +202,11 @@ _LEAST_SHARE = 0.6
 
 
 def _source_config(inputs: BuildInputs) -> PreTrainedConfig | None:
-    """The config of the largest anchor; None where only the build will tell (a bridge)."""
+    """The config of the largest anchor; None where a tokenizer is missing to tell."""
     source, recipe = inputs.recipe.source, inputs.recipe
     if recipe.bridge is not None:
-        return None
+        own = None if source.model is None else inputs.checkpoint_config(source.model, source.revision)
+        return None if inputs.tokenizer is None else anchor_zero_config(recipe.bridge, own, inputs.tokenizer)
     if source.model is not None:
         return inputs.checkpoint_config(source.model, source.revision)
     if source.train is None or inputs.tokenizer is None:

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from cbd_hub import Chain, from_chain
 from cbd_hub.build.bridge import BridgeInputs, build_anchor_zero, choose
 from cbd_hub.build.build import build_chain
+from cbd_hub.build.check import check_recipe
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.build.settings import BridgeConfig
 from cbd_hub.errors import RecipeError
@@ -434,3 +435,16 @@ def test_what_the_models_do_not_allow(founding: BridgeInputs, tmp_path: Path) ->
         wrong = setting(tmp_path, use=[], config={"n_embd": "wide"})
         build_anchor_zero(wrong, founding, tmp_path / "work", progress=False)
     assert DistillationConfig(**TRAINING).tokens == 2048
+
+
+def test_a_check_knows_the_sizes_of_a_bridge(tmp_path: Path) -> None:
+    told = recipe(tmp_path)
+    plan = check_recipe(told, tmp_path / "chain")
+    assert plan.problems == [] and len(plan.anchors) == 2
+    chain = build_chain(told, tmp_path / "chain", progress=False)
+    assert [a.num_parameters for a in plan.anchors] == [a.num_parameters for a in chain.anchors]
+    assert plan.anchors[0].tokens == TRAINING["tokens"]
+    too_long = check_recipe({**told, "data": {**told["data"], "sequence_length": 4096}}).problems
+    assert any("learned positions" in text for text in too_long)
+    unknown = check_recipe({**told, "bridge": {**told["bridge"], "config": {**GPT2, "n_heads": 2}}}).problems
+    assert any("bridge.config" in text and "n_heads" in text for text in unknown)
