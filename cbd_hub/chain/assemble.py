@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cbd_hub.axes.architectures import AXIS_MAPS, axis_map_for
-from cbd_hub.chain.refine import choose
 from cbd_hub.errors import IntegrityError, ManifestError
 from cbd_hub.hub.read import anchor_place, checked_file
 from cbd_hub.hub.sources import open_checkpoint, open_control_point, reader, weight_files
@@ -96,6 +95,8 @@ def assemble(
                 anchor_place(chain.location, anchor).file(name)
         make = partial(assemble, chain, dtype=torch.float32, progress=False)
         load_large = partial(assemble, chain, chain.plan(shape=large.shape), dtype=torch.float32)
+        from cbd_hub.chain.refine import choose  # which brings datasets along
+
         return choose(plan, chain.manifest, make, load_large, chain.calibration, out_dtype, progress)
     config = target_config(anchor_config(chain, large), plan.pair, plan.sizes)
     if small is not large:

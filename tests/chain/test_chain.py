@@ -460,6 +460,17 @@ def test_keys_are_those_of_published_checkpoints(chain_of: Callable[..., Path], 
     assert ("embed_out.weight" in keys) == (variant == "gpt_neox")
 
 
+def test_making_a_model_imports_no_library_of_text_or_plots(llama: Path) -> None:
+    code = f"""
+import sys
+from cbd_hub import from_chain
+from_chain({str(llama)!r}, shape={Chain.from_pretrained(llama).anchors[1].shape!r})
+print(*{{"datasets", "evaluate", "matplotlib", "pandas", "pyarrow", "cbd_hub.training"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
 def test_no_remote_code_survives(llama: Path) -> None:
     for anchor in ("a0", "a1"):
         path = llama / "anchors" / anchor / "config.json"
