@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_hub.chain.chain import Chain
-from cbd_hub.chain.export import write_model
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SPEECHES = [str(TEXT / name) for name in ("1790_george_washington_n.txt", "1797_john_adams_f.txt")]
@@ -123,18 +122,3 @@ def test_the_conversations_that_are_shipped() -> None:
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         assert all(message["content"].strip() for message in row["messages"])
-
-
-@pytest.mark.parametrize(("dtype", "close"), [("float32", 0.0), ("float16", 5e-3)])
-def test_gguf(dtype: str, close: float, tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    chain = Chain.from_pretrained(built_chain())
-    write_model(chain, chain.plan(size()), tmp_path / "model", progress=False)
-    run("to_gguf.py", tmp_path / "model", "--output", tmp_path / "model.gguf", "--dtype", dtype)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
-    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
-    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=close)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
-    text = "Fellow-Citizens:\n\n  it didn't cost 1790 dollars, été.<|endoftext|>"
-    assert tokenizer(text).input_ids == chain.tokenizer(text).input_ids
-    assert tokenizer.decode(tokenizer(text).input_ids) == text and tokenizer.eos_token == "<|endoftext|>"

@@ -1,6 +1,9 @@
 """Writing a made model as a ready folder: weights, config, generation config, tokenizer and card."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +44,7 @@ def write_model(
         model = chain.initialize(plan, refine, dtype=dtype, progress=progress)
         model.save_pretrained(temporary)
         copy_files(chain.tokenizer_files, temporary)
+        _suit_older_readers(temporary, model.config.get_text_config().max_position_embeddings)
         origin = model.config.cbd_hub
         card = cards.model_card(
             chain.manifest,
@@ -51,3 +55,42 @@ def write_model(
             refine=origin.get("refine"),
         )
         card.save(temporary / "README.md")
+
+
+_NO_LENGTH = 10**9
+"""A ``model_max_length`` above this is transformers' way to say that there is none."""
+
+
+def _suit_older_readers(folder: Path, positions: int | None) -> None:
+    """Lets transformers 4 read the folder: the rotary base under its older key, and a tokenizer class that it has.
+
+    transformers 5 reads both alike. In a config with that class, a ``model_max_length`` that says nothing becomes the
+    model's number of positions.
+    """
+
+    def mend_config(config: dict[str, Any]) -> None:
+        rope = config.get("rope_parameters") or {}
+        if "rope_theta" in rope:
+            config.setdefault("rope_theta", rope["rope_theta"])
+            if rope.get("rope_type", "default") != "default":
+                config.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+
+    def mend_tokenizer(config: dict[str, Any]) -> None:
+        if config.get("tokenizer_class") == "TokenizersBackend":  # any other is left as it is, to the byte
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+            if positions and config.get("model_max_length", 0) > _NO_LENGTH:
+                config["model_max_length"] = positions
+
+    _edit(folder / "config.json", mend_config)
+    _edit(folder / "tokenizer_config.json", mend_tokenizer)
+
+
+def _edit(path: Path, mend: Callable[[dict[str, Any]], None]) -> None:
+    """Changes a JSON file where there is something to mend."""
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    after = dict(before)
+    mend(after)
+    if after != before:
+        path.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,9 +12,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from cbd_hub.cli.options import CacheDir, ChainArgument, Json, LocalOnly, Revision, Token, app, locate, print_json
+from cbd_hub.cli.options import (
+    CacheDir,
+    ChainArgument,
+    Json,
+    LocalOnly,
+    Revision,
+    ShapeOption,
+    Size,
+    Token,
+    app,
+    locate,
+    open_chain,
+    print_json,
+    read_shape,
+)
 
-__all__ = ["app_command", "env", "eval_command", "recover", "vocabulary"]
+__all__ = ["app_command", "env", "eval_command", "export", "recover", "vocabulary"]
 
 
 @app.command()
@@ -37,6 +51,48 @@ def vocabulary(
         print_json(report.to_dict())
     else:
         sys.stdout.write(f"{report}\n")
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A chain, or a model: a folder or a repo id.", metavar="CHAIN_OR_MODEL")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file.")],
+    gguf: Annotated[str, typer.Option(help="f32, f16 or q8_0.")] = "f16",
+    num_parameters: Size = None,
+    shape: ShapeOption = None,
+    as_json: Json = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Writes a model as one GGUF file, for llama.cpp and what is built on it.
+
+    Of a chain, name the size; a model folder is written as it is.
+
+    Example: cbd-hub export my-chain --num-parameters 138M --gguf q8_0 --output my-model.gguf
+    """
+    from cbd_hub.chain.gguf_file import write_gguf
+
+    location = locate(model, revision, token, cache_dir, local_files_only)
+    if num_parameters is None and shape is None:
+        from transformers import AutoTokenizer
+
+        from cbd_hub.hub.load import load_model
+
+        made = load_model(location, "auto")
+        tokenizer: Any = AutoTokenizer.from_pretrained(location.place, trust_remote_code=False, **location.options)
+    else:
+        chain = open_chain(location)
+        made = chain.initialize(chain.plan(num_parameters, shape=read_shape(shape)), progress=not as_json)
+        tokenizer = chain.tokenizer
+    size = write_gguf(made, tokenizer, output, gguf, progress=not as_json)  # type: ignore[arg-type]
+    if as_json:
+        print_json({"output": str(output), "kind": gguf, "bytes": size, "num_parameters": made.num_parameters()})
+    else:
+        sys.stdout.write(f"{made.num_parameters():,} parameters as {gguf}, {size:,} bytes, written to {output}\n")
 
 
 @app.command("eval")

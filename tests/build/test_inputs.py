@@ -261,7 +261,11 @@ def test_tokenizer_files_are_kept_byte_for_byte(tmp_path: Path, edit: Callable[[
     write_model(chain, chain.plan(chain.anchors[1].num_parameters), tmp_path / "model", progress=False)
     for folder in ("chain", "copy", "model", f"chain/anchors/{chain.anchors[1].name}"):
         for name in kept:
-            assert (tmp_path / folder / name).read_bytes() == (source / name).read_bytes()
+            written, own = (tmp_path / folder / name).read_bytes(), (source / name).read_bytes()
+            if folder == "model" and b'"TokenizersBackend"' in own:  # a class that older readers do not know
+                assert json.loads(written)["tokenizer_class"] == "PreTrainedTokenizerFast"
+            else:
+                assert written == own
     again, first = (AutoTokenizer.from_pretrained(place) for place in (tmp_path / "model", source))
     assert again.chat_template == first.chat_template == chain.tokenizer.chat_template
     assert again("one 2 three")["input_ids"] == first("one 2 three")["input_ids"]
