@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cbd_hub.axes.sizing import format_count
 from cbd_hub.errors import ChainNotFoundError, IntegrityError
 from cbd_hub.hub.read import Location, checked_file, copy_chain
 from cbd_hub.interpolation.plan import Plan, make_plan
@@ -170,6 +171,8 @@ class Chain:
         alpha: float | str = "auto",
         method: str = "auto",
         tolerance: float = 0.01,
+        memory: int | str | None = None,
+        quant: str = "bf16",
     ) -> Plan:
         """Decides how a model is made, without reading a weight: see :func:`cbd_hub.interpolation.plan.make_plan`.
 
@@ -177,7 +180,44 @@ class Chain:
             SizeError: A size that the chain cannot reach; the message names the range and the nearest size.
             IntegrityError: The chain's index files are not what the manifest says.
         """
-        return make_plan(self.manifest, self.index_maps, num_parameters, shape, alpha, method, tolerance)
+        return make_plan(
+            self.manifest, self.index_maps, num_parameters, shape, alpha, method, tolerance, memory, quant
+        )
+
+    def __call__(
+        self,
+        num_parameters: int | str | None = None,
+        *,
+        refine: bool = False,
+        dtype: "str | torch.dtype" = "auto",
+        progress: bool = True,
+        **options: Any,
+    ) -> "PreTrainedModel":
+        """Makes a model: ``Chain.from_pretrained("org/chain")("138M")``.
+
+        Args:
+            num_parameters: As of :meth:`plan`.
+            refine: As of :meth:`initialize`.
+            dtype: As there.
+            progress: As there.
+            **options: Further arguments of :meth:`plan`.
+
+        Warns:
+            UserWarning: What the plan's notes say.
+
+        Raises:
+            SizeError: As of :meth:`plan`.
+            IntegrityError: As of :meth:`initialize`.
+        """
+        plan = self.plan(num_parameters, **options)
+        for note in plan.notes:
+            warnings.warn(note, stacklevel=2)
+        return self.initialize(plan, refine, dtype=dtype, progress=progress)
+
+    def __repr__(self) -> str:
+        """One line: where it is, and its sizes."""
+        sizes = ", ".join(format_count(anchor.num_parameters) for anchor in self.manifest.anchors)
+        return f"Chain({self.location.place!r}: {self.manifest.architecture}, {sizes})"
 
     @cached_property
     def calibration(self) -> "torch.Tensor | None":
@@ -273,12 +313,15 @@ def from_chain(
     method: str = "auto",
     refine: bool = False,
     tolerance: float = 0.01,
+    memory: int | str | None = None,
+    quant: str = "bf16",
     dtype: "str | torch.dtype" = "auto",
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
+    **loading: Any,
 ) -> "PreTrainedModel":
     """Makes a model of any size from a chain: no training, no teacher.
 
@@ -289,7 +332,9 @@ def from_chain(
     Args:
         chain: A Hub repo id, or a folder that holds ``chain.json``.
         num_parameters: Size, as an int or a string such as ``"138M"``; tied weights counted once.
-        shape: Or the shape, in the architecture's own config fields. Exactly one of the two.
+        shape: Or the shape, in the architecture's own config fields.
+        memory: Or the most bytes that its weights may take on disk, such as ``"512MB"``; exactly one of the three.
+        quant: As what, for `memory`: ``bf16``, ``q8_0`` or ``q4_k_m``.
         alpha: Weight of the small anchor, 0..1; ``"auto"`` is 1 - r, r being the position between the anchors.
         method: ``bezier`` (along the pair's learned curve), ``interpolate`` (the straight line), ``paper`` (zero
             filling, exactly the paper's), ``expand`` (small anchor only),
@@ -297,12 +342,15 @@ def from_chain(
         refine: Compare other ways to make it on calibration tokens that the chain ships, and keep the best
             (:mod:`cbd_hub.chain.refine`): a lower loss, for minutes instead of seconds at 100M parameters.
         tolerance: Largest relative error of the parameter count.
-        dtype: ``"auto"`` keeps the anchors' dtype.
+        dtype: A torch dtype or its name (``bf16``, ``fp16`` and ``fp32`` too); ``"auto"`` keeps the anchors'.
         revision: Branch, tag or commit of the chain.
         token: Hub token; None takes it from the usual places.
         cache_dir: Another cache than ``HF_HOME``'s.
         local_files_only: Use the cache alone.
         force_download: Fetch again what is cached.
+        **loading: ``device_map``, ``attn_implementation``, ``quantization_config`` and the like, as transformers'
+            ``from_pretrained`` takes them: the made model is then written to a temporary folder and loaded from it.
+            ``torch_dtype`` is the older name of `dtype`.
 
     Returns:
         An ordinary transformers model in eval mode; ``config.cbd_hub`` records its origin.
@@ -313,12 +361,23 @@ def from_chain(
 
     Raises:
         SizeError: A size that the chain cannot reach; the message names the range and the nearest size.
+        TypeError: An argument that neither this function nor ``from_pretrained`` knows.
         ChainNotFoundError: No such chain, or no access to it.
         ManifestError: The manifest is malformed or contradicts itself or its anchors.
         IntegrityError: A file is not what the manifest says.
     """
+    if "torch_dtype" in loading:
+        warnings.warn("torch_dtype is the older name of dtype", FutureWarning, stacklevel=2)
+        dtype = loading.pop("torch_dtype")
     opened = Chain.open(Location(str(chain), revision, "", token, cache_dir, local_files_only, force_download))
-    plan = opened.plan(num_parameters, shape=shape, alpha=alpha, method=method, tolerance=tolerance)
+    plan = opened.plan(
+        num_parameters, shape=shape, alpha=alpha, method=method, tolerance=tolerance, memory=memory, quant=quant
+    )
     for note in plan.notes:
         warnings.warn(note, stacklevel=2)
-    return opened.initialize(plan, refine, dtype=dtype)
+    model = opened.initialize(plan, refine, dtype=dtype)
+    if not loading:
+        return model
+    from cbd_hub.chain.export import load_again
+
+    return load_again(model, **loading)

@@ -14,7 +14,9 @@ from cbd_hub.cli.options import (
     ChainArgument,
     Json,
     LocalOnly,
+    Memory,
     Method,
+    Quant,
     Revision,
     ShapeOption,
     Size,
@@ -36,7 +38,7 @@ __all__ = ["build", "check", "fit_curve_command", "from_chain_command", "inspect
 @app.command()
 def build(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE.yaml")],
-    output: Annotated[Path, typer.Option(help="Folder of the chain.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the chain.")],
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -199,6 +201,8 @@ def plan(
     alpha: Alpha = None,
     method: Method = "auto",
     tolerance: Tolerance = 0.01,
+    memory: Memory = None,
+    quant: Quant = "bf16",
     as_json: Json = False,
     revision: Revision = None,
     token: Token = None,
@@ -215,6 +219,8 @@ def plan(
         alpha="auto" if alpha is None else alpha,
         method=method,
         tolerance=tolerance,
+        memory=memory,
+        quant=quant,
     )
     if as_json:
         print_json(planned.as_dict())
@@ -225,12 +231,14 @@ def plan(
 @app.command("from-chain")
 def from_chain_command(
     chain: ChainArgument,
-    output: Annotated[Path, typer.Option(help="A new or empty folder for the model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder for the model.")],
     num_parameters: Size = None,
     shape: ShapeOption = None,
     alpha: Alpha = None,
     method: Method = "auto",
     tolerance: Tolerance = 0.01,
+    memory: Memory = None,
+    quant: Quant = "bf16",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     refine: Annotated[
         bool, typer.Option("--refine", help="Compare other ways to make it on the chain's calibration tokens.")
@@ -259,6 +267,8 @@ def from_chain_command(
         alpha="auto" if alpha is None else alpha,
         method=method,
         tolerance=tolerance,
+        memory=memory,
+        quant=quant,
     )
     write_model(opened, planned, output, dtype=dtype, progress=not as_json, refine=refine, repo_id=push_to_hub)
     published = None

@@ -19,6 +19,7 @@ app = typer.Typer(
     epilog="First steps: cbd-hub plan CHAIN --num-parameters 138M shows what would be made; cbd-hub from-chain CHAIN "
     "--num-parameters 138M --output my-model makes it. CHAIN is a Hub repo id or a folder.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -54,6 +55,8 @@ Size = Annotated[str | None, typer.Option(help="Size, e.g. 138M, 1.2B or 1380000
 ShapeOption = Annotated[str | None, typer.Option(help="Or the shape, as JSON: '{\"num_hidden_layers\": 14}'.")]
 Alpha = Annotated[float | None, typer.Option(help="Weight of the small anchor, 0 to 1; by default 1 - position.")]
 Method = Annotated[str, typer.Option(help="auto, bezier, interpolate, paper, expand or prune.")]
+Memory = Annotated[str | None, typer.Option(help="Or the most that the weights may take on disk, e.g. 512MB.")]
+Quant = Annotated[str, typer.Option(help="As what, for --memory: bf16, q8_0 or q4_k_m.")]
 Tolerance = Annotated[float, typer.Option(help="Largest relative error of the parameter count.")]
 
 

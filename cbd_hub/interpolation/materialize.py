@@ -271,6 +271,10 @@ def cut(model: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, i
     return blend_models(list_operations(pair, small, "prune", 0.0), pair, small, model, model)
 
 
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+"""What people call some dtypes."""
+
+
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """Returns the torch dtype of a name such as ``"bfloat16"``.
 
@@ -278,7 +282,8 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
         SizeError: Not a floating-point dtype that weights are published in.
     """
     allowed = {str(value).removeprefix("torch."): value for value in DTYPES.values()}
-    found = dtype if isinstance(dtype, torch.dtype) else allowed.get(str(dtype))
+    name = _SHORT.get(str(dtype), str(dtype))
+    found = dtype if isinstance(dtype, torch.dtype) else allowed.get(name)
     if found is None or found not in allowed.values():
         raise SizeError(f"dtype is {dtype!r}; allowed: 'auto', {', '.join(allowed)}")
     return found

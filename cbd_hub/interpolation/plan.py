@@ -7,11 +7,13 @@ count, alpha, bytes to read, expected loss. Printing it is the dry run; :mod:`cb
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import numpy as np
 
 from cbd_hub.axes.axis_map import AxisMap
+from cbd_hub.axes.disk_size import QUANTS, disk_size, format_bytes, parse_bytes
 from cbd_hub.axes.sizing import Sizes, as_real, count_parameters, format_count, parse_count, solve
 from cbd_hub.errors import AxisMapError, SizeError, did_you_mean
 from cbd_hub.interpolation.operations import TensorOp, list_operations
@@ -83,6 +85,18 @@ class Plan:
     own_weight: float = 1.0
     """The large-only weight: with it, units that only the large anchor has write into the residual stream."""
 
+    def disk_size(self, quant: str = "bf16") -> int:
+        """Returns the bytes of the model's weights on disk: see :mod:`cbd_hub.axes.disk_size`.
+
+        Raises:
+            SizeError: An unknown kind.
+        """
+        return disk_size(self.pair.axis_map, self.sizes, quant)
+
+    def _repr_html_(self) -> str:
+        """The table, in a notebook."""
+        return f"<pre>{escape(str(self))}</pre>"
+
     def as_dict(self) -> dict[str, Any]:
         """Returns plain JSON values; operations as name, shape and kind."""
         return {
@@ -96,6 +110,7 @@ class Plan:
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_fetch": self.bytes_to_fetch,
             "expected_loss": self.expected_loss,
+            "disk": {quant: self.disk_size(quant) for quant in QUANTS},
             "notes": list(self.notes),
             "operations": [{"name": op.name, "shape": list(op.shape), "kind": op.kind} for op in self.operations],
         }
@@ -113,6 +128,7 @@ class Plan:
             f"alpha      {self.alpha:.3f} (weight of the small anchor)",
             f"to read    {self.bytes_to_read / 1e6:,.1f} MB of weights "
             f"({self.bytes_to_fetch / 1e6:,.1f} MB to fetch where nothing is cached)",
+            "on disk    " + ", ".join(f"{format_bytes(self.disk_size(q))} as {q}" for q in QUANTS),
             f"loss       {expected}",
             *(f"note       {note}" for note in self.notes),
             "",
@@ -138,6 +154,8 @@ def make_plan(
     alpha: float | str = "auto",
     method: str = "auto",
     tolerance: float = 0.01,
+    memory: int | str | None = None,
+    quant: str = "bf16",
 ) -> Plan:
     """Decides how a model is made: the shape, the adjacent pair of anchors, and one operation a tensor.
 
@@ -149,15 +167,18 @@ def make_plan(
         alpha: Weight of the small anchor, 0..1; ``"auto"`` is 1 - r (docs/design-notes.md has the measurements).
         method: One of :data:`METHODS`.
         tolerance: Largest relative error of the parameter count.
+        memory: Or the most bytes that the weights may take on disk, as an int or a string such as ``"512MB"``: the
+            largest model that fits.
+        quant: As what, for `memory`: one of :data:`cbd_hub.axes.disk_size.QUANTS`.
 
-    Cost: milliseconds; integers only.
+    Cost: milliseconds (with `memory` some tens of a second); integers only.
 
     Raises:
-        SizeError: Neither or both of the two given, a count that cannot be parsed, a target outside the chain's
-            range, or an unusable ``alpha``, ``method`` or ``tolerance``.
+        SizeError: Not exactly one of count, shape and memory given, a count or amount that cannot be parsed, a target
+            outside the chain's range, or an unusable ``alpha``, ``method``, ``tolerance`` or ``quant``.
     """
-    if (num_parameters is None) == (shape is None):
-        raise SizeError("give exactly one of num_parameters and shape")
+    if (num_parameters, shape, memory).count(None) != 2:
+        raise SizeError("give exactly one of num_parameters, shape and memory")
     if method not in METHODS:
         raise SizeError(f"method is {method!r}; allowed: {', '.join(METHODS)}.{did_you_mean(str(method), METHODS)}")
     automatic = isinstance(alpha, str) and alpha == "auto"
@@ -169,6 +190,8 @@ def make_plan(
     axis_map = manifest.resolved_axis_map
     if shape is not None:
         small, large, sizes = _pair_for_shape(manifest, axis_map, shape)
+    elif memory is not None:
+        small, large, sizes = _pair_for_memory(manifest, axis_map, parse_bytes(memory), quant, tolerance)
     else:
         small, large, sizes = _pair_for_count(manifest, axis_map, parse_count(num_parameters or 0), tolerance)
     count = count_parameters(axis_map, sizes)
@@ -260,6 +283,34 @@ def _pair_for_count(
     small, large = anchors[i], anchors[i - 1]
     pair = manifest.sizes(small), manifest.sizes(large)
     return small, large, solve(axis_map, target, *pair, tolerance, shallow=manifest.layers_last)
+
+
+def _pair_for_memory(
+    manifest: Manifest, axis_map: AxisMap, most: int, quant: str, tolerance: float
+) -> tuple[Anchor, Anchor, dict[str, int]]:
+    """The largest size whose weights take no more than so many bytes, found by halving the range of counts."""
+    least = manifest.anchors[-1]
+    if (smallest := disk_size(axis_map, manifest.sizes(least), quant)) > most:
+        raise SizeError(
+            f"the smallest model of this chain, {format_count(least.num_parameters)}, takes {format_bytes(smallest)} "
+            f"as {quant}, more than {format_bytes(most)}; allow more, or name a smaller kind ({', '.join(QUANTS)})"
+        )
+    low, high = least.num_parameters, manifest.anchors[0].num_parameters
+    best = _pair_for_count(manifest, axis_map, low, tolerance)
+    while low <= high:
+        target = (low + high) // 2
+        try:
+            found = _pair_for_count(manifest, axis_map, target, tolerance)
+        except SizeError:  # a gap of a tiny chain: what lies below it fits if this target would
+            low = target + 1
+            continue
+        if disk_size(axis_map, found[2], quant) <= most:
+            if count_parameters(axis_map, found[2]) >= count_parameters(axis_map, best[2]):
+                best = found
+            low = target + 1
+        else:
+            high = target - 1
+    return best
 
 
 def _pair_for_shape(

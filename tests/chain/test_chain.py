@@ -460,6 +460,52 @@ def test_keys_are_those_of_published_checkpoints(chain_of: Callable[..., Path], 
     assert ("embed_out.weight" in keys) == (variant == "gpt_neox")
 
 
+@pytest.mark.parametrize("quant", ["bf16", "q8_0", "q4_k_m"])
+def test_the_largest_model_that_fits(llama: Path, quant: str) -> None:
+    chain = Chain.from_pretrained(llama)
+    anchors = [chain.plan(shape=anchor.shape) for anchor in chain.anchors]
+    most = (anchors[0].disk_size(quant) + anchors[1].disk_size(quant)) // 2
+    plan = chain.plan(memory=most, quant=quant)
+    assert anchors[1].disk_size(quant) < plan.disk_size(quant) <= most
+    larger = chain.plan(round(plan.num_parameters * 1.06), tolerance=0.05)  # the next sizes up do not fit
+    assert larger.disk_size(quant) > most
+    assert chain.plan(memory="1GB", quant=quant).num_parameters == anchors[0].num_parameters
+    assert from_chain(llama, memory=most, quant=quant).num_parameters() == plan.num_parameters
+    assert plan.as_dict()["disk"][quant] == plan.disk_size(quant)
+    assert f" as {quant}" in str(plan) and f" as {quant}" in plan._repr_html_()
+    with pytest.raises(SizeError, match=r"takes .* more than 1 kB"):
+        chain.plan(memory="1kB", quant=quant)
+    with pytest.raises(SizeError, match="exactly one of num_parameters, shape and memory"):
+        chain.plan("100k", memory="1GB")
+
+
+def test_a_chain_is_called_with_a_size(llama: Path) -> None:
+    chain = Chain.from_pretrained(llama)
+    size = (chain.anchors[0].num_parameters + chain.anchors[1].num_parameters) // 2
+    made, called = from_chain(llama, size), chain(size)
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), called.parameters(), strict=True))
+    assert repr(chain).startswith(f"Chain({str(llama)!r}: llama, ")
+
+
+def test_dtypes_by_the_names_that_people_use(llama: Path) -> None:
+    size = Chain.from_pretrained(llama).anchors[1].num_parameters
+    assert from_chain(llama, size, dtype="bf16").dtype == torch.bfloat16
+    with pytest.warns(FutureWarning, match="older name of dtype"):
+        assert from_chain(llama, size, torch_dtype=torch.float16).dtype == torch.float16
+
+
+def test_arguments_of_from_pretrained_are_taken_as_it_takes_them(llama: Path) -> None:
+    chain = Chain.from_pretrained(llama)
+    size = (chain.anchors[0].num_parameters + chain.anchors[1].num_parameters) // 2
+    plain = from_chain(llama, size)
+    loaded = from_chain(llama, size, attn_implementation="eager", device_map="cpu")
+    assert loaded.config._attn_implementation == "eager" and loaded.device.type == "cpu"
+    assert loaded.config.cbd_hub == plain.config.cbd_hub and loaded.config._name_or_path == ""
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), loaded.parameters(), strict=True))
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'devicemap'. Did you mean 'device_map'"):
+        from_chain(llama, size, devicemap="cpu")
+
+
 def test_making_a_model_imports_no_library_of_text_or_plots(llama: Path) -> None:
     code = f"""
 import sys
@@ -614,7 +660,7 @@ def test_no_chain(tmp_path: Path, llama: Path) -> None:
 def test_exactly_one_size(chain_of: Callable[..., Path]) -> None:
     folder = chain_of("llama")
     for arguments in ({}, {"num_parameters": "50k", "shape": {"num_hidden_layers": 2}}):
-        with pytest.raises(SizeError, match="exactly one of num_parameters and shape"):
+        with pytest.raises(SizeError, match="exactly one of num_parameters, shape and memory"):
             from_chain(folder, **arguments)  # type: ignore[arg-type]
     with pytest.raises(SizeError, match="'138X' is not a parameter count"):
         from_chain(folder, "138X")

@@ -393,7 +393,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str], run: Run) -> None:
         (["inspect", "missing/"], "missing"),
         (["plan", "CHAIN", "--num-parameters", "9B"], "outside this chain"),
         (["plan", "CHAIN", "--num-parameters", "many"], "many"),
-        (["plan", "CHAIN"], "exactly one of num_parameters and shape"),
+        (["plan", "CHAIN"], "exactly one of num_parameters, shape and memory"),
         (["plan", "CHAIN", "--num-parameters", "39k", "--method", "papre"], "Did you mean 'paper'?"),
         (["plan", "CHAIN", "--num-parameters", "39k", "--alpha", "2"], "alpha is 2"),
         (["plan", "CHAIN", "--shape", '{"hidden_sice": 3}'], "Did you mean 'hidden_size'?"),
