@@ -5,7 +5,8 @@ A key that is not known is refused with the nearest known name, before anything 
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterator, Mapping
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -30,6 +31,7 @@ __all__ = [
     "TrainSource",
     "TrainTokenizer",
     "load_recipe",
+    "short_recipe",
     "step_fingerprint",
 ]
 
@@ -270,6 +272,39 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> tuple[Recipe
     except yaml.YAMLError as error:
         raise RecipeError(f"the recipe {path} is no valid YAML: {' '.join(str(error).split())}") from None
     return _check(data, str(path)), path.resolve().parent
+
+
+def short_recipe(
+    source: str, anchors: Sequence[str], text: Sequence[str], dataset: str | None, tokens: str | None, name: str | None
+) -> dict[str, Any]:
+    """Returns a recipe made of what a command line says; everything else is a recipe's default.
+
+    Sizes of anchors are fractions of the source's parameters (0.75) or counts (100M), the largest first; tokens are an
+    anchor's; the name is by default the source's.
+
+    Raises:
+        RecipeError: No anchor, or fractions that do not fall.
+    """
+    if not anchors:
+        raise RecipeError("name the sizes of the anchors, e.g. --anchors 0.75 0.5 (fractions of the source)")
+    before = 1.0
+    specs: list[dict[str, Any]] = []
+    for size in anchors:
+        fraction = float(size) if re.fullmatch(r"0?\.\d+", size) else None
+        if fraction is None:
+            specs.append({"num_parameters": size})
+            continue
+        if not 0 < fraction < before:
+            raise RecipeError(f"anchor sizes are {', '.join(anchors)}; each must be smaller than the one before it")
+        specs.append({"fraction": round(fraction / before, 6)})  # recipes say it of the larger neighbor
+        before = fraction
+    return {
+        "name": name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name).strip("-.")[:48] or "chain",
+        "source": {"model": str(Path(source).absolute()) if Path(source).exists() else source},
+        "data": {"dataset": {"name": dataset}} if dataset else {"text_files": [str(Path(t).absolute()) for t in text]},
+        "anchors": specs,
+        **({} if tokens is None else {"distillation": {"tokens": tokens}}),
+    }
 
 
 def step_fingerprint(recipe: Recipe, index: int) -> str:

@@ -2,12 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
+from cbd_hub.build.recipe import short_recipe
 from cbd_hub.cli.options import (
     Alpha,
     CacheDir,
@@ -28,8 +30,11 @@ from cbd_hub.cli.options import (
     print_json,
     read_shape,
 )
+from cbd_hub.errors import OutputExistsError
+from cbd_hub.progress import stage_line
 
 if TYPE_CHECKING:
+    from cbd_hub.build.check import BuildPlan
     from cbd_hub.chain.chain import Chain
 
 __all__ = ["build", "check", "fit_curve_command", "from_chain_command", "inspect", "plan", "push"]
@@ -37,19 +42,57 @@ __all__ = ["build", "check", "fit_curve_command", "from_chain_command", "inspect
 
 @app.command()
 def build(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE.yaml")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the chain.")],
+    recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.", metavar="[RECIPE.yaml]")] = None,
+    source: Annotated[str | None, typer.Option(help="Instead of a recipe: a model, a folder or a repo id.")] = None,
+    anchors: Annotated[
+        list[str] | None, typer.Option(help="Sizes of its anchors: fractions of the source (0.75 0.5) or counts.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="UTF-8 text files to train on, or patterns.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Or a dataset: a repo id or a folder.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Training tokens an anchor; by default 1M.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the chain; by default the source's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built, and stop.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Builds a chain from a recipe, or resumes a build.
+    """Builds a chain from a recipe, or from a model and text; or resumes a build.
+
+    Without a recipe one is made and written beside the chain (OUTPUT.yaml).
 
     Example: cbd-hub build examples/recipes/quickstart.yaml --output my-chain
-    """
-    from cbd_hub.build.build import build_chain
 
-    chain = build_chain(recipe, output, resume=not no_resume, progress=not as_json)
+    Example: cbd-hub build --source org/model --anchors 0.75 0.5 --text corpus/*.txt --output my-chain
+    """
+    if (recipe is None) == (source is None):
+        raise typer.BadParameter("give a recipe, or --source with --anchors and --text or --dataset")
+    if recipe is None and source is not None:
+        if bool(text) == (dataset is not None):
+            raise typer.BadParameter("give exactly one of --text and --dataset")
+        recipe = _write_recipe(output, short_recipe(source, anchors or [], text or [], dataset, tokens, name))
+    from cbd_hub.build.build import build_chain
+    from cbd_hub.build.check import check_recipe
+
+    if dry_run or source is not None:
+        plan = check_recipe(recipe, output)
+        if dry_run:
+            _show_check(plan, as_json)
+            return
+        stage_line(str(plan), not as_json)
+    chain = build_chain(recipe, output, resume=not no_resume, progress=not as_json)  # type: ignore[arg-type]
     _show_chain(chain, as_json)
+
+
+def _write_recipe(output: Path, recipe: dict[str, Any]) -> Path:
+    """Writes a recipe beside the chain that it makes, and shows it; one that is there must say the same."""
+    path = output.with_name(f"{output.name}.yaml")
+    written = yaml.safe_dump(recipe, sort_keys=False)
+    if path.exists() and path.read_text(encoding="utf-8") != written:
+        raise OutputExistsError(f"{path} holds another recipe; name another --output, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(written, encoding="utf-8")
+    stage_line(f"# {path}\n{written}")
+    return path
 
 
 @app.command()
@@ -66,7 +109,11 @@ def check(
     """
     from cbd_hub.build.check import check_recipe
 
-    plan = check_recipe(recipe, output)
+    _show_check(check_recipe(recipe, output), as_json)
+
+
+def _show_check(plan: "BuildPlan", as_json: bool) -> None:
+    """Prints what a build would do; exit 1 where something would stop it."""
     if as_json:
         print_json(plan.as_dict())
     else:

@@ -15,14 +15,41 @@ from cbd_hub.errors import CbdError
 __all__ = ["app", "cli_chains", "cli_models", "main"]
 
 
+_INTERRUPTED = 130
+_GOING_ON = ("build", "fit-curve", "push")
+"""Commands whose work, where it was stopped, the next call goes on with."""
+
+_LISTS = {"build": ("--anchors", "--text")}
+"""Options that take several values in a row, by command."""
+
+
+def _repeated(arguments: list[str]) -> list[str]:
+    """Writes an option before each of its values: ``--anchors 0.75 0.5`` is ``--anchors 0.75 --anchors 0.5``."""
+    lists = _LISTS.get(next(iter(arguments), ""), ())
+    written: list[str] = []
+    option: str | None = None
+    for argument in arguments:
+        if argument.startswith("-"):
+            option = argument if argument in lists else None
+            written += [] if option else [argument]
+        else:
+            written += [argument] if option is None else [option, argument]
+    return written
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments)
-    except (CbdError, OSError, KeyboardInterrupt) as error:
+        app(_repeated(arguments))
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # as the command line's library ends where somebody presses Ctrl-C
+            goes_on = "; the same command goes on from here" if arguments[0] in _GOING_ON else ""
+            sys.stderr.write(f"cbd-hub: stopped{goes_on}\n")
+        raise
+    except (CbdError, OSError) as error:
         if "--debug" in arguments:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         sys.stderr.write(f"cbd-hub: {message}\n")
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        sys.exit(1)

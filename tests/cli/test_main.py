@@ -8,8 +8,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -426,3 +428,57 @@ def test_help_shows_an_example(name: str, run: Run) -> None:
 
 def test_every_promised_command_is_there() -> None:
     assert {"build", "inspect", "plan", "from-chain", "eval", "env"} <= set(NAMES)
+
+
+# -- building without a recipe ------------------------------------------------------------------------------------
+
+
+def test_a_chain_is_built_of_a_model_and_text_alone(run: Run, tmp_path: Path) -> None:
+    """The recipe is written beside the chain, and building from it goes on with the same chain."""
+    source = built_chain() / "anchors" / Chain.from_pretrained(built_chain()).anchors[0].name
+    files = sorted(TEXT.glob("179*.txt"))
+    of = ["--source", source, "--anchors", "0.8", "0.6", "--text", *files, "--tokens", "2k", "-o", tmp_path / "mine"]
+    planned = run("build", *of, "--dry-run")
+    assert planned.code == 0 and "the build can start" in planned.out and not (tmp_path / "mine").exists()
+    recipe = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    assert recipe["anchors"] == [{"fraction": 0.8}, {"fraction": 0.75}]
+    assert recipe["data"]["text_files"] == [str(path) for path in files]
+    recipe["data"]["sequence_length"] = 32  # the tiny model's context
+    recipe["evaluation"] = {"tokens": 500, "curve_points": 1}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert "holds another recipe" in failed(run("build", *of))
+    done = run("build", tmp_path / "mine.yaml", "-o", tmp_path / "mine", "--json")
+    assert done.code == 0 and len(json.loads(done.out)["anchors"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--anchors", "0.5"], "give a recipe, or --source"),
+        (["r.yaml", "--source", "m"], "give a recipe, or --source"),
+        (["--source", "m", "--anchors", "0.5"], "exactly one of --text and --dataset"),
+        (["--source", "m", "--text", "a", "b", "--dataset", "c"], "exactly one of --text and --dataset"),
+    ],
+)
+def test_half_a_command_is_wrong_usage(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = run("build", *arguments, "-o", tmp_path / "x")
+    assert result.code == 2 and message in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize("sizes", [["0.5", "0.75"], ["0.5", "0.5"]])
+def test_sizes_that_do_not_fall(run: Run, tmp_path: Path, sizes: list[str]) -> None:
+    result = run("build", "--source", "m", "--anchors", *sizes, "--text", "t", "-o", tmp_path / "x")
+    assert "must be smaller than the one before it" in failed(result)
+
+
+def test_a_build_that_is_interrupted_says_that_it_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe()))
+    command = [str(COMMAND), "build", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "chain")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "chain" / ".build" / "begun.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "cbd-hub: stopped; the same command goes on from here"
