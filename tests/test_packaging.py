@@ -138,6 +138,8 @@ def test_an_installed_package_runs_outside_the_checkout(kind: str, source: Path,
     assert "from-chain" in told and "\x1b" not in told
     facts = json.loads(run(programs / "cbd-hub", "env", "--json", cwd=elsewhere))
     assert facts["cbd_hub"] == importlib.metadata.version("cbd_hub")
+    written = json.loads(run(programs / "cbd-hub", "demo", "--num-parameters", "500k", "--json", cwd=elsewhere))
+    assert abs(written["num_parameters"] - 500_000) < 5000 and len(written["text"]) > 60
     # A model with its card, from the installed templates.
     chain = add_tokenizer(make_chain(tmp_path / "chain", variant_model("llama", vocab_size=300)))
     size = json.loads((chain / "chain.json").read_text(encoding="utf-8"))["anchors"][1]["num_parameters"]

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from cbd_hub.hub.publish import Published
     from cbd_hub.interpolation.checkpoints import Digest
 
-__all__ = ["Chain", "ChainAnchor", "from_chain"]
+__all__ = ["SHIPPED", "Chain", "ChainAnchor", "from_chain"]
+
+SHIPPED = "quickstart"
+"""Name of the small chain that comes with the package; a folder of that name comes before it."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class Chain:
             ChainNotFoundError: As :meth:`from_pretrained`.
             ManifestError: As there.
         """
+        if location.place == SHIPPED and not location.is_local:
+            location = Location(str(Path(__file__).parents[1] / "demo"))
         if Path(location.place).expanduser().is_file():
             raise ChainNotFoundError(
                 f"{location.place} is a file; name the folder that holds {manifests.MANIFEST_NAME}"
@@ -330,7 +335,8 @@ def from_chain(
     units that only the large anchor has write is weighted ``1 - alpha**2``.
 
     Args:
-        chain: A Hub repo id, or a folder that holds ``chain.json``.
+        chain: A Hub repo id, or a folder that holds ``chain.json``; ``"quickstart"`` is a small one (300k to 745k)
+            that comes with the package.
         num_parameters: Size, as an int or a string such as ``"138M"``; tied weights counted once.
         shape: Or the shape, in the architecture's own config fields.
         memory: Or the most bytes that its weights may take on disk, such as ``"512MB"``; exactly one of the three.

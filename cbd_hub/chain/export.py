@@ -4,22 +4,24 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
-from cbd_hub.chain.chain import Chain
 from cbd_hub.errors import did_you_mean
 from cbd_hub.files import clear_full_disk, copy_files, whole_folder
 from cbd_hub.hub import cards
 from cbd_hub.interpolation.plan import Plan
 
+if TYPE_CHECKING:
+    from cbd_hub.chain.chain import Chain
+
 __all__ = ["load_again", "write_model"]
 
 
 def write_model(
-    chain: Chain,
+    chain: "Chain",
     plan: Plan,
     folder: str | Path,
     dtype: str | torch.dtype = "auto",

@@ -23,7 +23,8 @@ from cbd_hub.errors import IntegrityError
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.initialization.refit import REFIT_TOKENS, can_refit, refit
 from cbd_hub.interpolation.operations import list_operations
-from cbd_hub.interpolation.plan import Plan, needed_by, needed_of_control
+from cbd_hub.interpolation.plan import Plan
+from cbd_hub.interpolation.ranges import needed_by, needed_of_control
 from cbd_hub.losses.heads import kept_hidden
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.manifest.manifest import Manifest

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ from cbd_hub.cli.options import (
     read_shape,
 )
 
-__all__ = ["app_command", "env", "eval_command", "export", "recover", "vocabulary"]
+__all__ = ["app_command", "demo", "env", "eval_command", "export", "recover", "vocabulary"]
 
 
 @app.command()
@@ -51,6 +52,40 @@ def vocabulary(
         print_json(report.to_dict())
     else:
         sys.stdout.write(f"{report}\n")
+
+
+@app.command()
+def demo(
+    num_parameters: Size = "600k",
+    prompt: Annotated[str, typer.Option(help="How the text begins.")] = "The Congress of the United States",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.", min=1)] = 60,
+    seed: Annotated[int, typer.Option(help="Another seed writes another text.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Makes a model from the small chain that comes with the package, offline, and lets it write.
+
+    Example: cbd-hub demo --num-parameters 500k
+    """
+    from cbd_hub.chain.chain import SHIPPED, Chain
+    from cbd_hub.text.generators import LocalGenerator
+    from cbd_hub.text.settings import Sampling
+
+    chain = Chain.from_pretrained(SHIPPED)
+    plan = chain.plan(num_parameters)
+    start = time.perf_counter()
+    model = chain.initialize(plan, progress=False)
+    seconds = time.perf_counter() - start
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.7, seed=seed)
+    (written,) = LocalGenerator(model, chain.tokenizer).generate([prompt], sampling)
+    if as_json:
+        print_json({"num_parameters": plan.num_parameters, "seconds": seconds, "text": prompt + written.text})
+        return
+    between = f"between {plan.small} and {plan.large}" if plan.small != plan.large else f"{plan.large} itself"
+    sys.stdout.write(
+        f"{plan.num_parameters:,} parameters, made in {seconds:.2f} s ({plan.method}, {between})\n\n"
+        f"{prompt}{written.text}\n\n"
+        f'The same in Python: from_chain("{SHIPPED}", "{num_parameters}")\n'
+    )
 
 
 @app.command()

@@ -14,11 +14,11 @@ import numpy as np
 
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.disk_size import QUANTS, disk_size, format_bytes, parse_bytes
-from cbd_hub.axes.sizing import Sizes, as_real, count_parameters, format_count, parse_count, solve
+from cbd_hub.axes.sizing import as_real, count_parameters, format_count, parse_count, solve
 from cbd_hub.errors import AxisMapError, SizeError, did_you_mean
 from cbd_hub.interpolation.operations import TensorOp, list_operations
 from cbd_hub.interpolation.pair import Pair
-from cbd_hub.interpolation.ranges import Run, control_runs, count_bytes, needed_runs
+from cbd_hub.interpolation.ranges import ITEM_BYTES, Run, count_bytes, needed_by, needed_of_control
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.manifest.manifest import Anchor, Manifest
 
@@ -28,8 +28,6 @@ __all__ = [
     "Plan",
     "make_plan",
     "nearly_all",
-    "needed_by",
-    "needed_of_control",
 ]
 
 METHODS = ("auto", "bezier", "interpolate", "paper", "expand", "prune")
@@ -45,7 +43,6 @@ FAR = 0.25
 """Share of a pair's span: where no measured size is nearer, a plan says that its expected loss is a guess."""
 
 _SNAP = 0.001
-_ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -354,27 +351,9 @@ def _bytes(
     total = 0
     for op in operations:
         layout = axis_map.layout(op.pattern)
-        total += _ITEM_BYTES[small.dtype] * layout.count(low) if op.small_name else 0
-        total += _ITEM_BYTES[large.dtype] * layout.count(high) if op.large_name else 0
+        total += ITEM_BYTES[small.dtype] * layout.count(low) if op.small_name else 0
+        total += ITEM_BYTES[large.dtype] * layout.count(high) if op.large_name else 0
     return total
-
-
-def needed_by(
-    large: Anchor, small: Anchor, pair: Pair, target: Sizes, operations: tuple[TensorOp, ...]
-) -> dict[str, dict[str, list[Run]]]:
-    """Returns, by anchor, which byte runs of which parameters the operations need."""
-    items = _ITEM_BYTES[large.dtype], _ITEM_BYTES[small.dtype]
-    from_large, from_small = needed_runs(operations, pair, target, items)
-    return {large.name: from_large} if large is small else {large.name: from_large, small.name: from_small}
-
-
-def needed_of_control(
-    large: Anchor, small: Anchor, pair: Pair, target: Sizes, operations: tuple[TensorOp, ...]
-) -> dict[str, list[Run]]:
-    """Returns which byte runs of the tensors of the pair's control point the operations need."""
-    if small.control_point is None or not any(op.bend for op in operations):
-        return {}
-    return control_runs(operations, pair, target, small.control_point.rank, _ITEM_BYTES[large.dtype])
 
 
 def nearly_all(anchor: Anchor, needed: Mapping[str, Sequence[Run]]) -> bool:
@@ -383,7 +362,7 @@ def nearly_all(anchor: Anchor, needed: Mapping[str, Sequence[Run]]) -> bool:
 
 
 def _weight_bytes(anchor: Anchor) -> int:
-    return anchor.num_parameters * _ITEM_BYTES[anchor.dtype]
+    return anchor.num_parameters * ITEM_BYTES[anchor.dtype]
 
 
 def _fetch_bytes(manifest: Manifest, needed: Mapping[str, Mapping[str, list[Run]]]) -> int:

@@ -14,11 +14,26 @@ from cbd_hub.axes.sizing import Sizes
 from cbd_hub.interpolation.control_points import factor_names, factor_shapes, leading_rows
 from cbd_hub.interpolation.operations import TensorOp
 from cbd_hub.interpolation.pair import Pair
+from cbd_hub.manifest.manifest import Anchor
 
-__all__ = ["BLOCK", "Run", "control_runs", "count_bytes", "merge", "needed_runs", "subtract"]
+__all__ = [
+    "BLOCK",
+    "ITEM_BYTES",
+    "Run",
+    "control_runs",
+    "count_bytes",
+    "merge",
+    "needed_by",
+    "needed_of_control",
+    "needed_runs",
+    "subtract",
+]
 
 BLOCK = 1 << 19
 """Bytes of a tensor that have a digest of their own, so that a part of it can be checked without the rest."""
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of one number, by dtype."""
 
 Run = tuple[int, int]
 """First byte and the byte behind the last one."""
@@ -116,3 +131,21 @@ def control_runs(
         if op.bend and op.large_name
         for dim, name in enumerate(factor_names(pair.axis_map, op.pattern, op.large_name))
     }
+
+
+def needed_by(
+    large: Anchor, small: Anchor, pair: Pair, target: Sizes, operations: tuple[TensorOp, ...]
+) -> dict[str, dict[str, list[Run]]]:
+    """Returns, by anchor, which byte runs of which parameters the operations need."""
+    items = ITEM_BYTES[large.dtype], ITEM_BYTES[small.dtype]
+    from_large, from_small = needed_runs(operations, pair, target, items)
+    return {large.name: from_large} if large is small else {large.name: from_large, small.name: from_small}
+
+
+def needed_of_control(
+    large: Anchor, small: Anchor, pair: Pair, target: Sizes, operations: tuple[TensorOp, ...]
+) -> dict[str, list[Run]]:
+    """Returns which byte runs of the tensors of the pair's control point the operations need."""
+    if small.control_point is None or not any(op.bend for op in operations):
+        return {}
+    return control_runs(operations, pair, target, small.control_point.rank, ITEM_BYTES[large.dtype])

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from cbd_hub.axes.architectures import AXIS_MAPS, axis_map_for
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.chain.assemble import anchor_config, open_weights
-from cbd_hub.chain.chain import Chain, from_chain
+from cbd_hub.chain.chain import SHIPPED, Chain, from_chain
 from cbd_hub.errors import (
     CbdError,
     ChainNotFoundError,
@@ -504,6 +504,22 @@ def test_arguments_of_from_pretrained_are_taken_as_it_takes_them(llama: Path) ->
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), loaded.parameters(), strict=True))
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'devicemap'. Did you mean 'device_map'"):
         from_chain(llama, size, devicemap="cpu")
+
+
+def test_the_chain_that_comes_with_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
+    """Whole, small, with control points; a folder of its name comes before it."""
+    monkeypatch.chdir(tmp_path)
+    chain = Chain.from_pretrained(SHIPPED)
+    assert all(anchor.bent for anchor in chain.manifest.anchors[1:])
+    chain.save_pretrained(tmp_path / "copy")  # every file is what the manifest says
+    assert sum(path.stat().st_size for path in (tmp_path / "copy").rglob("*")) < 8e6
+    model = from_chain(SHIPPED, "700k")
+    assert abs(model.num_parameters() - 700_000) < 7000 and model.config.cbd_hub["method"] == "bezier"
+    text = torch.tensor([chain.tokenizer("The Congress of the United States")["input_ids"]])
+    with torch.no_grad():
+        assert model(text, labels=text).loss < 4  # nats a token; a uniform guess has 6.9
+    shutil.copytree(llama, tmp_path / SHIPPED)
+    assert Chain.from_pretrained(SHIPPED).manifest.name == "llama-chain"
 
 
 def test_making_a_model_imports_no_library_of_text_or_plots(llama: Path) -> None:

@@ -482,3 +482,11 @@ def test_a_build_that_is_interrupted_says_that_it_goes_on(tmp_path: Path) -> Non
         _, err = process.communicate(timeout=100)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "cbd-hub: stopped; the same command goes on from here"
+
+
+def test_the_demo_makes_a_model_and_writes(run: Run) -> None:
+    done = run("demo", "--num-parameters", "500k", "--max-new-tokens", "8", "--json")
+    assert done.code == 0 and abs(done.json["num_parameters"] - 500_000) < 5000
+    assert done.json["text"].startswith("The Congress of the United States") and len(done.json["text"]) > 36
+    shown = run("demo", "--num-parameters", "500k", "--max-new-tokens", "8")
+    assert done.json["text"] in shown.out and 'from_chain("quickstart", "500k")' in shown.out
