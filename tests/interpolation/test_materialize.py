@@ -22,7 +22,8 @@ from cbd_hub.manifest.index_maps import IndexMap
 
 def test_parse_dtype() -> None:
     assert parse_dtype("bfloat16") is parse_dtype(torch.bfloat16) is torch.bfloat16
-    for wrong in ("int8", "bf16", torch.int8, "auto"):
+    assert parse_dtype("bf16") is torch.bfloat16 and parse_dtype("fp16") is torch.float16
+    for wrong in ("int8", "bf61", torch.int8, "auto"):
         with pytest.raises(SizeError, match=r"allowed: 'auto', .*bfloat16"):
             parse_dtype(wrong)
 
