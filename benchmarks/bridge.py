@@ -28,7 +28,7 @@ from typing import Any
 
 import results
 import torch
-from random_chain import about
+from harness import about
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast

@@ -25,8 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
-import report
 import results
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -260,7 +260,7 @@ def main() -> None:
             measure_accuracy(bench)
         if options.only != "accuracy":
             measure_summaries(bench)
-    results.save("downstream", report.read(options.results, "downstream"), options.results)
+    results.save("downstream", harness.read(options.results, "downstream"), options.results)
 
 
 if __name__ == "__main__":

@@ -7,25 +7,20 @@ model in a process of its own. "Whole files" is what the same pull would take if
 docs/results/fetch.json and fetch.md. Takes some minutes and as much memory as the chain has bytes, twice.
 """
 
-import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+import harness
+import results
 
-import results  # noqa: E402
-from hub_server import HubServer  # noqa: E402
+sys.path.insert(0, str(harness.ROOT / "tests"))
+from hub_server import HubServer
 
-from cbd_hub import Chain  # noqa: E402
+from cbd_hub import Chain
 
-RESULTS = ROOT / "docs" / "results"
 WAYS: list[dict[str, Any]] = [
     {"method": "interpolate"},
     {"method": "prune"},
@@ -33,6 +28,7 @@ WAYS: list[dict[str, Any]] = [
     {"method": "interpolate", "alpha": 0.0},
     {"method": "interpolate", "alpha": 1.0},
 ]
+PUSH = "import sys; from cbd_hub import Chain; Chain.from_pretrained(sys.argv[1]).push_to_hub('owner/chain')"
 PULL = """
 import json, sys
 from cbd_hub import Chain
@@ -49,9 +45,8 @@ def measure(hub: HubServer, chain: Chain, size: int, options: dict[str, Any], ho
     hub.clear()
     with tempfile.TemporaryDirectory(dir=home) as cache:
         job = json.dumps(["owner/chain", cache, size, options])
-        env = hub.environment(home, "hf_owner")
-        done = subprocess.run([sys.executable, "-c", PULL, job], env=env, check=True, capture_output=True, text=True)
-    planned, small, large, count = json.loads(done.stdout.splitlines()[-1])
+        found = harness.python(PULL, job, env=hub.environment(home, "hf_owner"))
+    planned, small, large, count = json.loads(found)
     files = {
         a.name: sum(e.size for n, e in a.files.items() if n.endswith(".safetensors")) for a in chain.manifest.anchors
     }
@@ -70,29 +65,22 @@ def measure(hub: HubServer, chain: Chain, size: int, options: dict[str, Any], ho
     }
 
 
-def main(options: argparse.Namespace) -> None:
+def main() -> None:
     """Publishes the chain on loopback, pulls, and writes the results."""
-    chain = Chain.from_pretrained(options.chain)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder, HubServer() as hub:
+    positions = ([0.25, 0.75], "between neighbors, 0 to 1", [0.5])
+    options = harness.options(__doc__, "the folder of a chain", positions=positions)
+    chain, rows = harness.open_chain(options), []
+    folder = str((options.chain or options.results / "chain").resolve())
+    with tempfile.TemporaryDirectory() as place, HubServer() as hub:
         hub.add_user("owner", "hf_owner")
-        home = Path(folder)
-        push = "import sys; from cbd_hub import Chain; Chain.from_pretrained(sys.argv[1]).push_to_hub('owner/chain')"
-        env = hub.environment(home, "hf_owner")
-        subprocess.run([sys.executable, "-c", push, os.path.abspath(options.chain)], env=env, check=True)
-        for large, small in pairwise(chain.manifest.anchors):
-            for position in options.positions:
-                size = small.num_parameters + round(position * (large.num_parameters - small.num_parameters))
-                for way in WAYS:
-                    rows.append(measure(hub, chain, size, way, home))
-                    print(json.dumps(rows[-1]), flush=True)
-    result = {"chain": chain.manifest.name, "rows": rows}
-    results.save("fetch", result, options.output)
+        home = Path(place)
+        harness.python(PUSH, folder, env=hub.environment(home, "hf_owner"))
+        for _, _, size, _ in harness.between(chain, options.positions):
+            for way in WAYS[:2] if options.smoke else WAYS:
+                rows.append(measure(hub, chain, size, way, home))
+                print(json.dumps(rows[-1]), flush=True)
+    results.save("fetch", {"chain": chain.manifest.name, "rows": rows}, options.results)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chain", help="folder of a chain")
-    parser.add_argument("--positions", type=float, nargs="+", default=[0.25, 0.75], help="between neighbors, 0 to 1")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    main(parser.parse_args())
+    main()

@@ -1,12 +1,14 @@
 """What the tables say beyond the figures themselves: ratios, goals, exponents, and the rows that were lost."""
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import mean, median, panels
+from matplotlib.figure import Figure
 from transformers import LlamaConfig
 
 from cbd_hub.axes.architectures import axis_map_for
@@ -22,9 +24,46 @@ NEEDED = {  # goal → bound of speed.json's ratios
     "peak / allowed": 1.0,
 }
 AT_LEAST = ("by hand / time",)
-PEAK_ALLOWED, TIME_ALLOWED = 0.25, 1.1  # of the chunked loss, against the plain way
+GOALS_OF_LOSSES = {"peak_against_plain": 0.25, "time_against_plain": 1.1}  # the most of the chunked loss
+DOMAINS = ("in domain", "another domain")
 CHANCE = {"boolq": 0.5, "piqa": 0.5, "openbookqa": 0.25, "commonsense_qa": 0.2}
 Row = Mapping[str, Any]
+
+# -- of any figures ---------------------------------------------------------------------------------------------------
+
+
+def human(count: float) -> str:
+    """A count in thousands or millions."""
+    return f"{count / 1e6:.3g}M" if count >= 1e6 else f"{count / 1e3:.4g}k"
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean."""
+    return float(np.mean(list(values)))
+
+
+def error(values: Sequence[float]) -> float:
+    """Standard error of a mean; 0 of a single value."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def median(runs: Iterable[dict[str, float]], what: str) -> float:
+    """The median of one measure over runs."""
+    return statistics.median(run[what] for run in runs)
+
+
+def minus(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Paired differences."""
+    return [a - b for a, b in zip(values, others, strict=True)]
+
+
+@contextmanager
+def panels(path: Path, columns: int, size: tuple[float, float], **save: Any) -> Iterator[Any]:
+    """Axes side by side, written as a PNG file at the end."""
+    figure = Figure(figsize=size, layout="constrained")
+    yield figure.subplots(1, columns)
+    figure.savefig(path, format="png", **save)
+
 
 # -- from_chain: speed and growth -------------------------------------------------------------------------------------
 
@@ -267,70 +306,110 @@ def paired(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     return [(a, b) for a, b in both if all(a[key] == b[key] for key in keys)]
 
 
-def lost(name: str, data: Any) -> list[tuple[str, str, str, str, str]]:
-    """Where something else was better, or a goal was missed: file, row, our figure, what was ahead, its figure."""
-    found: list[tuple[str, str, str, str, str]] = []
+# -- what was lost ----------------------------------------------------------------------------------------------------
 
-    def compare(where: str, row: str, ours: float, rivals: Mapping[str, float], count: int = 3) -> None:
-        for rival, value in rivals.items():
-            if value < ours:
-                found.append((where, row, f"{ours:.{count}f}", rival, f"{value:.{count}f}"))
+Lost = tuple[str, str, str, str, str]
+"""File, row, our figure, what was ahead, its figure."""
 
-    if name == "quickstart":
-        for row in data["targets"]:
-            rivals = {rival: row[rival] for rival in ("prune", "paper", "small anchor")}
-            compare("quickstart", f"{row['num_parameters']:,}", row[OURS], rivals)
-    elif name == "smollm2":
-        view = SmolLM2(data)
-        for size in view.sizes:
-            rivals = {"the straight line between the anchors": view.line(size), **view.losses(size)}
-            compare("SmolLM2", f"{size / 1e6:.1f}M, held-out loss", rivals[OURS], rivals)
-        controls = view.controls()
-        for rival, values in controls.items():
-            if "(whole)" not in rival:  # a model of the source's size is no rival
-                for domain, ours, value in zip(
-                    ("in domain", "another domain"), next(iter(controls.values())), values, strict=True
-                ):
-                    compare("SmolLM2, controls", domain, ours, {rival: value})
-    elif name == "bridge":
-        for chain, ways in bridge_chains(data).items():
-            means = {way: mean(row["bits"] for row in rows) for way, rows in ways.items() if way != "chain"}
-            base = means.pop("corpus alone")
-            for way, value in means.items():
-                compare("bridge", f"{chain}: {way}", value, {"corpus alone": base})
-    elif name == "rules":
-        for row in data["own_weight"]:
-            rivals = {rival: row[rival] for rival in ("weight 1", "1 - alpha", "small expanded", "pruned")}
-            compare("rules", f"{row['pair']}, {row['parameters']:,}", row["1 - alpha^2 (ours)"], rivals, 4)
-    elif name == "align":
-        for pair, measured in data["pairs"].items():
-            aligned = measured["loss"]["masked averaging, aligned"]
-            for rival, losses in measured["loss"].items():
-                for alpha, ours in aligned.items():
-                    compare("alignment", f"{pair}, alpha {alpha}", ours, {rival: losses[alpha]})
-            if (barrier := aligned["0.5"] - (aligned["0"] + aligned["1"]) / 2) > 0:
-                found.append(("alignment", f"{pair}, barrier at alpha 0.5", f"{barrier:.3f}", "no barrier", "0"))
-    elif name == "speed":
-        for row in data["rows"]:
-            for goal, (_, met, value) in goals(row).items():
-                if met is False:
-                    found.append(("speed", title(row), f"{value:.2f}", f"goal: {goal}", bound(goal)))
-    elif name == "train":
-        for way, rival in data["ways"].items():
-            for what, better, unit in (("tokens_per_second", 1, 1), ("peak_bytes", -1, 1e9)):
-                ours = data["ways"]["AnchorTrainer"][what]
-                if not way.startswith("AnchorTrainer") and better * (rival[what] - ours) > 0:
-                    found.append(("training", what, f"{ours / unit:.4g}", way, f"{rival[what] / unit:.4g}"))
-    elif name == "train_scaling":
-        for a, b in paired([*data["vocabulary"], *data["length"]]):
-            mine, plain = a["tokens_per_second"], b["tokens_per_second"]
-            if mine < plain:
-                row = f"vocabulary {a['vocabulary']:,}, length {a['length']:,}"
-                found.append(("training", row, f"{mine:,.0f}", "plain loop", f"{plain:,.0f}"))
-    elif name == "losses":
-        for row in data["rows"]:
-            for what, most in (("peak_against_plain", PEAK_ALLOWED), ("time_against_plain", TIME_ALLOWED)):
-                if row[what] > most:
-                    where = f"vocabulary {row['vocabulary']:,}"
-                    found.append(("chunked loss", where, f"{row[what]:.2f}", f"goal: {what}", f"{most}"))
-    return found
+
+def below(where: str, row: str, ours: float, rivals: Mapping[str, float], count: int = 3) -> list[Lost]:
+    """The rivals with a lower loss."""
+    better = {rival: value for rival, value in rivals.items() if value < ours}
+    return [(where, row, f"{ours:.{count}f}", rival, f"{value:.{count}f}") for rival, value in better.items()]
+
+
+def _quickstart(data: Any) -> Iterator[Lost]:
+    for row in data["targets"]:
+        rivals = {rival: row[rival] for rival in ("prune", "paper", "small anchor")}
+        yield from below("quickstart", f"{row['num_parameters']:,}", row[OURS], rivals)
+
+
+def _smollm2(data: Any) -> Iterator[Lost]:
+    view = SmolLM2(data)
+    for size in view.sizes:
+        rivals = {"the straight line between the anchors": view.line(size), **view.losses(size)}
+        yield from below("SmolLM2", f"{size / 1e6:.1f}M, held-out loss", rivals[OURS], rivals)
+    controls = view.controls()
+    for rival, values in controls.items():
+        if "(whole)" not in rival:  # a model of the source's size is no rival
+            for domain, ours, value in zip(DOMAINS, next(iter(controls.values())), values, strict=True):
+                yield from below("SmolLM2, controls", domain, ours, {rival: value})
+
+
+def _bridge(data: Any) -> Iterator[Lost]:
+    for chain, ways in bridge_chains(data).items():
+        means = {way: mean(row["bits"] for row in rows) for way, rows in ways.items() if way != "chain"}
+        base = means.pop("corpus alone")
+        for way, value in means.items():
+            yield from below("bridge", f"{chain}: {way}", value, {"corpus alone": base})
+
+
+def _rules(data: Any) -> Iterator[Lost]:
+    for row in data["own_weight"]:
+        rivals = {rival: row[rival] for rival in ("weight 1", "1 - alpha", "small expanded", "pruned")}
+        yield from below("rules", f"{row['pair']}, {row['parameters']:,}", row["1 - alpha^2 (ours)"], rivals, 4)
+
+
+def _align(data: Any) -> Iterator[Lost]:
+    for pair, measured in data["pairs"].items():
+        aligned = measured["loss"]["masked averaging, aligned"]
+        for rival, losses in measured["loss"].items():
+            for alpha, ours in aligned.items():
+                yield from below("alignment", f"{pair}, alpha {alpha}", ours, {rival: losses[alpha]})
+        if (barrier := aligned["0.5"] - (aligned["0"] + aligned["1"]) / 2) > 0:
+            yield "alignment", f"{pair}, barrier at alpha 0.5", f"{barrier:.3f}", "no barrier", "0"
+
+
+def _speed(data: Any) -> Iterator[Lost]:
+    for row in data["rows"]:
+        for goal, (_, met, value) in goals(row).items():
+            if met is False:
+                yield "speed", title(row), f"{value:.2f}", f"goal: {goal}", bound(goal)
+
+
+def _train(data: Any) -> Iterator[Lost]:
+    for way, rival in data["ways"].items():
+        for what, better, unit in (("tokens_per_second", 1, 1), ("peak_bytes", -1, 1e9)):
+            ours = data["ways"]["AnchorTrainer"][what]
+            if not way.startswith("AnchorTrainer") and better * (rival[what] - ours) > 0:
+                yield "training", what, f"{ours / unit:.4g}", way, f"{rival[what] / unit:.4g}"
+
+
+def _train_scaling(data: Any) -> Iterator[Lost]:
+    for a, b in paired([*data["vocabulary"], *data["length"]]):
+        mine, plain = a["tokens_per_second"], b["tokens_per_second"]
+        if mine < plain:
+            row = f"vocabulary {a['vocabulary']:,}, length {a['length']:,}"
+            yield "training", row, f"{mine:,.0f}", "plain loop", f"{plain:,.0f}"
+
+
+def _losses(data: Any) -> Iterator[Lost]:
+    for row in data["rows"]:
+        for what, most in GOALS_OF_LOSSES.items():
+            if row[what] > most:
+                yield (
+                    "chunked loss",
+                    f"vocabulary {row['vocabulary']:,}",
+                    f"{row[what]:.2f}",
+                    f"goal: {what}",
+                    f"{most}",
+                )
+
+
+LOST = {
+    "quickstart": _quickstart,
+    "smollm2": _smollm2,
+    "bridge": _bridge,
+    "rules": _rules,
+    "align": _align,
+    "speed": _speed,
+    "train": _train,
+    "train_scaling": _train_scaling,
+    "losses": _losses,
+}
+"""File of figures → where something else was better in it, or a goal was missed."""
+
+
+def lost(name: str, data: Any) -> list[Lost]:
+    """Where something else was better, or a goal was missed."""
+    return list(LOST[name](data))

@@ -9,23 +9,20 @@ after a step of each to warm up, and the least of each, so what else runs on the
 would need more than ``--memory``, that row is run with the largest batch that fits.
 """
 
-import argparse
-import json
 import platform
-import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import Any
 
+import harness
 import results
 import torch
 import torch.nn.functional as F
-from figures import PEAK_ALLOWED, TIME_ALLOWED
+from figures import GOALS_OF_LOSSES
 from torch import Tensor, nn
 
 from cbd_hub.losses.distillation import distillation_loss
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "losses.json"
 HIDDEN = 576
 PLAIN_TENSORS = 8  # (B, S, V) tensors that the plain way holds at its peak; measured, rounded up
 
@@ -51,12 +48,7 @@ def plain(student: Tensor, head: nn.Linear, teacher: Tensor, teacher_head: nn.Li
     return ce + F.kl_div(torch.log_softmax(logits, -1), target, reduction="batchmean", log_target=True)
 
 
-def chunked(*inputs: Tensor | nn.Linear) -> Tensor:
-    """Ours, as the Trainer calls it."""
-    return distillation_loss(*inputs).loss
-
-
-WAYS = {"plain": plain, "chunked": chunked}
+WAYS = {"plain": plain, "chunked": lambda *inputs: distillation_loss(*inputs).loss}
 
 
 def step(way: str, inputs: Inputs) -> tuple[float, float]:
@@ -68,44 +60,32 @@ def step(way: str, inputs: Inputs) -> tuple[float, float]:
     return time.perf_counter() - start, loss.item()
 
 
-def memory(field: str) -> int:
-    """A field of this process's memory in bytes: VmRSS, resident now, or VmHWM, the most so far (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+def peak(way: str, *shape: int) -> dict[str, float]:
+    """Peak bytes and loss of one way."""
+    inputs = make_inputs(*shape)
+    harness.forget_peak()
+    before = harness.memory("VmRSS")
+    loss = step(way, inputs)[1]
+    return {"peak_bytes": harness.memory("VmHWM") - before, "loss": loss}
 
 
-def available() -> int:
-    """Bytes of main memory that can be had without swapping (Linux)."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+def seconds(repeats: int, *shape: int) -> dict[str, float]:
+    """The least seconds of both ways."""
+    inputs = make_inputs(*shape)
+    found = [{way: step(way, inputs)[0] for way in WAYS} for _ in range(repeats + 1)][1:]
+    return {way: min(once[way] for once in found) for way in WAYS}
 
 
-def child(what: str, batch: int, length: int, vocabulary: int, repeats: int) -> None:
-    """Prints the peak bytes and loss of one way, or the seconds of both."""
-    inputs = make_inputs(batch, length, vocabulary)
-    if what == "time":
-        seconds = [{way: step(way, inputs)[0] for way in WAYS} for _ in range(repeats + 1)][1:]
-        print(json.dumps({way: min(once[way] for once in seconds) for way in WAYS}))
-    else:
-        before = memory("VmRSS")
-        loss = step(what, inputs)[1]
-        print(json.dumps({"peak_bytes": memory("VmHWM") - before, "loss": loss}))
-
-
-def measure(batch: int, length: int, vocabulary: int, repeats: int) -> dict:
+def measure(batch: int, length: int, vocabulary: int, repeats: int) -> dict[str, Any]:
     """One row: both ways' peaks, seconds and their ratios."""
-
-    def run(what: str) -> dict:
-        arguments = [what, *map(str, (batch, length, vocabulary, repeats))]
-        command = [sys.executable, __file__, "--child", *arguments]
-        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-    row = {way: run(way) for way in WAYS}
-    for way, seconds in run("time").items():
-        row[way]["seconds"] = seconds
+    shape = batch, length, vocabulary
+    peaks, times = {way: harness.forked(peak, way, *shape) for way in WAYS}, harness.forked(seconds, repeats, *shape)
+    if None in (times, *peaks.values()):
+        raise SystemExit(f"a process failed at batch {batch}, length {length}, vocabulary {vocabulary}")
+    row = {way: {**peaks[way], "seconds": times[way]} for way in WAYS}
     ours, theirs = row["chunked"], row["plain"]
     if abs(ours["loss"] - theirs["loss"]) > 1e-4 * theirs["loss"]:
-        sys.exit(f"the two ways disagree: {ours['loss']} and {theirs['loss']}")
+        raise SystemExit(f"the two ways disagree: {ours['loss']} and {theirs['loss']}")
     return {
         "vocabulary": vocabulary,
         "batch": batch,
@@ -123,39 +103,27 @@ def fitting_batch(batch: int, length: int, vocabulary: int, limit: float) -> int
     return batch
 
 
-def main(options: argparse.Namespace) -> None:
-    """Measures every vocabulary, prints the table, writes the result; fails where a goal is missed."""
-    limit = 1e9 * options.memory if options.memory else 0.75 * available()
-    rows = []
+def main() -> int:
+    """Measures every vocabulary and writes the result; returns 1 where a goal is missed."""
+    options = harness.options(
+        __doc__,
+        vocabulary=([49152, 262144], "one row each", [4096]),
+        batch=(8, "sequences", 2),
+        length=(512, "tokens a sequence", 64),
+        repeats=(3, "timed steps of each way", 1),
+        memory=(0.0, "GB the plain way may use; 0: 3/4 of what is available"),
+    )
+    limit, rows = 1e9 * options.memory or 0.75 * harness.memory("MemAvailable"), []
     for vocabulary in options.vocabulary:
         batch = fitting_batch(options.batch, options.length, vocabulary, limit)
         if batch < options.batch:
-            print(
-                f"Vocabulary {vocabulary:,}: batch {batch} instead of {options.batch}, the largest at which the "
-                f"plain way needs less than {limit / 1e9:.3g} GB.\n"
-            )
+            print(f"Vocabulary {vocabulary:,}: batch {batch}, the plain way's largest in {limit / 1e9:.3g} GB.")
         rows.append(measure(batch, options.length, vocabulary, options.repeats))
-    print(results.page("losses", {"rows": rows}))
-    if options.output:
-        machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-        result = {"machine": machine, "hidden": HIDDEN, "batch_asked": options.batch, "rows": rows}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-    if any(row["peak_against_plain"] > PEAK_ALLOWED or row["time_against_plain"] > TIME_ALLOWED for row in rows):
-        sys.exit(1)
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    result = {"machine": machine, "hidden": HIDDEN, "batch_asked": options.batch, "rows": rows}
+    results.save("losses", result, options.results)
+    return int(not options.smoke and any(row[what] > most for row in rows for what, most in GOALS_OF_LOSSES.items()))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocabulary", type=int, nargs="+", default=[49152, 262144], help="one row each")
-    parser.add_argument("--batch", type=int, default=8, help="sequences")
-    parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each way")
-    parser.add_argument("--memory", type=float, help="GB the plain way may use; default 3/4 of what is available")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the result is written")
-    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        child(arguments.child[0], *map(int, arguments.child[1:]))
-    else:
-        main(arguments)
+    sys.exit(main())

@@ -21,8 +21,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import harness
 import quality_arms as arms
-import report
 import results
 import torch
 import yaml
@@ -267,4 +267,4 @@ if __name__ == "__main__":
     if arguments.only != "tables":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         measure(Bench(settings, folder, arguments.work))
-    results.save("quality", report.read(folder, "quality"), folder)
+    results.save("quality", harness.read(folder, "quality"), folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import error, human, mean, panels
+from figures import error, human, mean, panels
 
 from cbd_hub.evaluation import plots
 

@@ -5,56 +5,19 @@ Both comparisons are on the validation text, which chose the rules; the quicksta
 nothing.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
+import harness
 import results
 
 from cbd_hub import Chain, Plan
 from cbd_hub.axes.sizing import count_parameters
-from cbd_hub.build.inputs import BuildInputs
-from cbd_hub.build.recipe import load_recipe
-from cbd_hub.errors import SizeError
-from cbd_hub.evaluation.held_out import evaluate_loss
+from cbd_hub.manifest.manifest import Anchor
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results"
 MAX_TOKENS = 16_000
 POSITIONS = [k / 8 for k in range(1, 8)]
-
-
-def main(chain: Chain) -> None:
-    """Measures both rules over every pair of anchors and writes the tables."""
-    text = BuildInputs(*load_recipe(ROOT / "examples" / "recipes" / "quickstart.yaml")).text
-    if text is None:
-        raise SystemExit("the quickstart recipe has no text")
-
-    def loss(plan: Plan) -> float:
-        model = chain.initialize(plan, progress=False)
-        return round(evaluate_loss(model, text.validation, max_tokens=MAX_TOKENS).loss, 4)
-
-    weights, layers = [], []
-    anchors = chain.manifest.anchors
-    for large, small in pairwise(anchors):
-        for position in POSITIONS:
-            size = round(small.num_parameters + position * (large.num_parameters - small.num_parameters))
-            row: dict[str, float | str] = {"pair": f"{small.name} / {large.name}", "parameters": size, "r": position}
-            try:
-                plan = chain.plan(size, method="interpolate")
-            except SizeError:
-                continue
-            for label, weight in (("weight 1", 1.0), ("1 - alpha", 1 - plan.alpha)):
-                row[label] = loss(weighted(plan, weight))
-            row |= {"1 - alpha^2 (ours)": loss(plan), "small expanded": loss(chain.plan(size, method="expand"))}
-            weights.append(row | {"pruned": loss(chain.plan(size, method="prune"))})
-            layers.append(
-                {k: row[k] for k in ("pair", "parameters", "r")} | by_layers(chain, small.name, large.name, size, loss)
-            )
-    result = {"tokens": MAX_TOKENS, "seed": 0, "own_weight": weights, "layers": layers}
-    results.save("rules", result, RESULTS)
 
 
 def weighted(plan: Plan, weight: float) -> Plan:
@@ -64,27 +27,46 @@ def weighted(plan: Plan, weight: float) -> Plan:
 
 
 def by_layers(
-    chain: Chain, small: str, large: str, size: int, loss: Callable[[Plan], float]
+    chain: Chain, large: Anchor, small: Anchor, size: int, loss: Callable[[Plan], float]
 ) -> dict[str, float | str]:
     """Losses of interpolated models of one size, by number of layers."""
-    sizes = {a.name: chain.manifest.sizes(a) for a in chain.manifest.anchors}
+    low, high = chain.manifest.sizes(small), chain.manifest.sizes(large)
     axis_map, found = chain.manifest.resolved_axis_map, {}
-    for number in range(sizes[small]["layers"], sizes[large]["layers"] + 1):
-        widths = range(sizes[small]["ffn"], sizes[large]["ffn"] + 1)
-        best = min(
-            widths, key=lambda w: abs(count_parameters(axis_map, {**sizes[large], "layers": number, "ffn": w}) - size)
-        )
-        shape = axis_map.config_fields({**sizes[large], "layers": number, "ffn": best})
-        plan = chain.plan(shape=shape, method="interpolate")
+    for number in range(low["layers"], high["layers"] + 1):
+        of = {w: {**high, "layers": number, "ffn": w} for w in range(low["ffn"], high["ffn"] + 1)}
+        best = min(of, key=lambda w: abs(count_parameters(axis_map, of[w]) - size))
+        plan = chain.plan(shape=axis_map.config_fields(of[best]), method="interpolate")
         near = abs(plan.num_parameters - size) <= 0.005 * size
-        found[f"{number - sizes[small]['layers']} more layers"] = f"{loss(plan)} (ffn {best})" if near else "-"
+        found[f"{number - low['layers']} more layers"] = f"{loss(plan)} (ffn {best})" if near else "-"
     return found
 
 
+def main() -> None:
+    """Measures both rules over every pair of anchors and writes the tables."""
+    options = harness.options(__doc__, "the chain of `make quickstart`", Path("quickstart-output/chain"))
+    chain = harness.open_chain(options)
+    recipe = harness.toy_recipe() if options.smoke else harness.RECIPES / "quickstart.yaml"
+    validation = harness.inputs(recipe).text.validation
+
+    def loss(plan: Plan) -> float:
+        model = chain.initialize(plan, progress=False)
+        return round(harness.loss(model, validation, max_tokens=MAX_TOKENS).loss, 4)
+
+    weights, layers = [], []
+    for large, small, size, plan in harness.between(chain, POSITIONS):
+        row = {"pair": f"{small.name} / {large.name}", "parameters": size, "r": round(8 * plan.position) / 8}
+        plans = {
+            "weight 1": weighted(plan, 1.0),
+            "1 - alpha": weighted(plan, 1 - plan.alpha),
+            "1 - alpha^2 (ours)": plan,
+            "small expanded": chain.plan(size, method="expand"),
+            "pruned": chain.plan(size, method="prune"),
+        }
+        weights.append({**row, **{label: loss(wanted) for label, wanted in plans.items()}})
+        layers.append({**row, **by_layers(chain, large, small, size, loss)})
+    result = {"tokens": MAX_TOKENS, "seed": 0, "own_weight": weights, "layers": layers}
+    results.save("rules", result, options.results)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("chain", nargs="?", type=Path, default=Path("quickstart-output/chain"))
-    arguments = parser.parse_args()
-    if not (arguments.chain / "chain.json").is_file():
-        raise SystemExit(f"there is no chain in {arguments.chain}; run `make quickstart` first")
-    main(Chain.from_pretrained(arguments.chain))
+    main()

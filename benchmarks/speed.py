@@ -22,36 +22,30 @@ mergekit is measured where it is there; it needs no installing beside the packag
 ``pip install --no-deps --target FOLDER mergekit peft immutables``, then ``--mergekit FOLDER``.
 """
 
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")
-
-import argparse
 import importlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import harness
 import results
 import torch
-from random_chain import SHAPES, about, available, in_child, make_chain, measure, middle, resized, save_random
+from models import SHAPES, make_chain, middle, resized, save_random
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging
 
 from cbd_hub import Chain, from_chain
 from cbd_hub.chain.assemble import open_weights
 from cbd_hub.interpolation.checkpoints import find_files
 from cbd_hub.manifest.manifest import read_manifest
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
 FEW = ("from_chain", "by hand", "copy")
 WAYS = ("from_chain", "from_chain + save", "by hand", "mergekit", "copy")
 SHARD = {"toy": "100kB", "135M": "100MB", "1B": "1GB"}
@@ -101,7 +95,7 @@ def case_of(folder: Path) -> Case:
         (info.file, info.start, info.stop) for anchor, name in read if name for info in [stored[anchor][name]]
     )
     assert sum(stop - start for _, start, stop in runs) == plan.bytes_to_read
-    item = torch.empty(0, dtype=getattr(torch, chain.manifest.anchors[0].dtype)).element_size()
+    item = getattr(torch, chain.manifest.anchors[0].dtype).itemsize
     return Case(folder, plan.num_parameters, tuple(runs), plan.num_parameters * item)
 
 
@@ -190,31 +184,51 @@ def set_cache(files: list[Path], cache: str) -> float | None:
 
 def measure_row(case: Case, toy: Case, ways: Iterable[str], cache: str, rounds: int) -> dict[str, Any]:
     """All ways at one size, in turns; a way that fails is left out of the later rounds, and said so."""
-    order, runs, failed = list(ways), {way: [] for way in ways}, {}
-    for turn in range(rounds):
-        for way in order if turn % 2 == 0 else reversed(order):
-            if way in failed:
-                continue
-            files = case.files(way)
-            if way == "by hand" and available() < 1.2 * sum(path.stat().st_size for path in files):
-                failed[way] = "there was not enough memory for two models"
-                continue
-            share = set_cache(files, cache)
-            found = measure(lambda it, way=way: run_way(way, it), toy, case)
-            for out in (case.folder / "out", toy.folder / "out"):
-                shutil.rmtree(out, ignore_errors=True)
-            if found is None:
-                failed[way] = "it failed with these versions"
-            else:
-                runs[way].append({**found, "cached": share})
-                print(f"  {cache} {way}: {found['wall']:.2f} s, {found['peak'] / 1e9:.2f} GB", flush=True)
+    runs, failed = {way: [] for way in ways}, {}
+    for way in harness.turns(list(ways), rounds):
+        files = case.files(way)
+        if way == "by hand" and harness.memory("MemAvailable") < 1.2 * sum(path.stat().st_size for path in files):
+            failed[way] = "there was not enough memory for two models"
+        if way in failed:
+            continue
+        share = set_cache(files, cache)
+        found = harness.measure(lambda it, way=way: run_way(way, it), toy, case)
+        for out in (case.folder / "out", toy.folder / "out"):
+            shutil.rmtree(out, ignore_errors=True)
+        if found is None:
+            failed[way] = "it failed with these versions"
+        else:
+            runs[way].append({**found, "cached": share})
+            print(f"  {cache} {way}: {found['wall']:.2f} s, {found['peak'] / 1e9:.2f} GB", flush=True)
     return {"cache": cache, "runs": {way: found for way, found in runs.items() if found}, "failed": failed}
 
 
-def main(options: argparse.Namespace) -> None:
+def make_case(folder: Path, scale: str, dtype: torch.dtype, sharded: bool, full: bool = False) -> Case:
+    """Writes the chain and the models to merge, in a process of its own, and says what from_chain reads."""
+
+    def make() -> bool:
+        shard = SHARD[scale] if sharded else "100GB"
+        make_chain(folder / "chain", SHAPES[scale], dtype, shard)
+        if not sharded or scale != "1B" or full:
+            make_merge(folder, dtype, shard)
+        return True
+
+    if not harness.forked(make):
+        raise SystemExit(f"the chain of {scale} could not be made")
+    print(f"{scale}, {dtype}, {'sharded' if sharded else 'one file'}", flush=True)
+    return case_of(folder)
+
+
+def main() -> None:
     """Makes each chain, measures the ways, and writes the results after every row."""
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    options = harness.options(
+        __doc__,
+        mergekit=(None, "folder that mergekit was installed into"),
+        rounds=(5, "processes of each way at 135M; the median counts"),
+        rounds_large=(3, "the same at 1B"),
+        full=(False, "every way in every row at 1B as well"),
+        scratch=(None, "where the chains are written (28 GB at most)"),
+    )
     ways, failed = list(WAYS), {}
     if options.mergekit is not None:
         sys.path.append(str(options.mergekit.resolve()))
@@ -223,59 +237,36 @@ def main(options: argparse.Namespace) -> None:
         failed["mergekit"] = "it was not installed"
     else:
         importlib.import_module("mergekit.merge")
-    result = {**about("mergekit" in ways), "note": options.note, "rows": []}
-    scales = {"toy": 1} if options.quick else {"135M": options.rounds, "1B": options.rounds_large}
+    packages = ("torch", "transformers", "safetensors", *(["mergekit"] if "mergekit" in ways else []))
+    result = {**harness.about(*packages), "note": options.note, "rows": []}
+    scales = {"toy": 1} if options.smoke else {"135M": options.rounds, "1B": options.rounds_large}
+    dtypes = (torch.float32,) if options.smoke else (torch.float32, torch.bfloat16)
+    layouts = (True,) if options.smoke else (False, True)
     with tempfile.TemporaryDirectory(dir=options.scratch) as temporary:
-        for dtype in (torch.float32,) if options.quick else (torch.float32, torch.bfloat16):
-            toy = make_case(Path(temporary) / f"toy-{dtype}", "toy", dtype, False)
-            for scale, rounds in scales.items():
-                for sharded in (True,) if options.quick else (False, True):
-                    folder = Path(temporary) / "case"
-                    case = make_case(folder, scale, dtype, sharded, options.full)
-                    for cache in ("warm", "cold"):
-                        some = scale == "1B" and (sharded or cache == "cold") and not options.full
-                        if some and sharded and cache == "cold":
-                            continue
-                        item = torch.empty(0, dtype=dtype).element_size()
-                        row = {
-                            "model": scale,
-                            "dtype": str(dtype).removeprefix("torch."),
-                            "files": len(case.files("copy")),
-                            "parameters": case.target,
-                            "bytes_read": sum(stop - start for _, start, stop in case.runs),
-                            "bytes_made": case.target_bytes,
-                            "largest_pair": 2 * SHAPES[scale]["vocab_size"] * SHAPES[scale]["hidden_size"] * item,
-                            **measure_row(case, toy, FEW if some else ways, cache, rounds),
-                        }
-                        row["failed"] |= {way: why for way, why in failed.items() if not some}
-                        result["rows"].append(row)
-                        results.save("speed", result, options.output)
-                    shutil.rmtree(folder)
-
-
-def make_case(folder: Path, scale: str, dtype: torch.dtype, sharded: bool, full: bool = False) -> Case:
-    """Writes the chain and the models to merge, in a process of its own, and says what from_chain reads."""
-
-    def make() -> None:
-        shard = SHARD[scale] if sharded else "100GB"
-        make_chain(folder / "chain", SHAPES[scale], dtype, shard)
-        if not sharded or scale != "1B" or full:
-            make_merge(folder, dtype, shard)
-
-    if not in_child(make):
-        raise SystemExit(f"the chain of {scale} could not be made")
-    print(f"{scale}, {dtype}, {'sharded' if sharded else 'one file'}", flush=True)
-    return case_of(folder)
+        toys = {dtype: make_case(Path(temporary) / f"toy-{dtype}", "toy", dtype, False) for dtype in dtypes}
+        for (dtype, toy), scale, sharded in product(toys.items(), scales, layouts):
+            folder = Path(temporary) / "case"
+            case = make_case(folder, scale, dtype, sharded, options.full)
+            for cache in ("warm", "cold"):
+                some = scale == "1B" and (sharded or cache == "cold") and not options.full
+                if some and sharded and cache == "cold":
+                    continue
+                embedding = SHAPES[scale]["vocab_size"] * SHAPES[scale]["hidden_size"]
+                row = {
+                    "model": scale,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "files": len(case.files("copy")),
+                    "parameters": case.target,
+                    "bytes_read": sum(stop - start for _, start, stop in case.runs),
+                    "bytes_made": case.target_bytes,
+                    "largest_pair": 2 * embedding * dtype.itemsize,
+                    **measure_row(case, toy, FEW if some else ways, cache, scales[scale]),
+                }
+                row["failed"] |= {} if some else failed
+                result["rows"].append(row)
+                results.save("speed", result, options.results)
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mergekit", type=Path, help="folder that mergekit was installed into")
-    parser.add_argument("--rounds", type=int, default=5, help="processes of each way at 135M; the median counts")
-    parser.add_argument("--rounds-large", type=int, default=3, help="the same at 1B")
-    parser.add_argument("--full", action="store_true", help="every way in every row at 1B as well")
-    parser.add_argument("--quick", action="store_true", help="a toy model instead, once: shows that this runs")
-    parser.add_argument("--scratch", type=Path, help="where the chains are written (28 GB at most)")
-    parser.add_argument("--note", default="", help="what else ran on the machine; goes into the results")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    main(parser.parse_args())
+    main()

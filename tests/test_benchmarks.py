@@ -170,7 +170,7 @@ def test_goals_are_met_at_their_bounds_and_missed_beyond(script: Any) -> None:
 
 
 def test_speed_writes_its_figures_and_tables(script: Any, tmp_path: Path) -> None:
-    run("speed", "--quick", "--mergekit", str(tmp_path), "--output", str(tmp_path), "--note", "A note.")
+    run("speed", "--profile", "smoke", "--mergekit", str(tmp_path), "--output", str(tmp_path), "--note", "A note.")
     result = json.loads((tmp_path / "speed.json").read_text())
     assert result["note"] == "A note." and result["machine"] and result["versions"]["torch"]
     assert [row["cache"] for row in result["rows"]] == ["warm", "cold"]
@@ -188,7 +188,7 @@ def test_speed_writes_its_figures_and_tables(script: Any, tmp_path: Path) -> Non
 def test_the_copy_bound_reads_every_byte_that_is_planned_and_no_other(script: Any, tmp_path: Path) -> None:
     import torch
 
-    speed, chains = script("speed"), script("random_chain")
+    speed, chains = script("speed"), script("models")
     chains.make_chain(tmp_path / "chain", chains.SHAPES["toy"], torch.float32, "100kB")
     case = speed.case_of(tmp_path)
     read = b"".join(path.read_bytes()[start:stop] for path, start, stop in case.runs)
