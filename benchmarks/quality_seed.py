@@ -2,67 +2,55 @@
 
 import hashlib
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import harness
 import numpy as np
 import quality_arms as arms
 import torch
 from datasets import Dataset
-from quality_arms import Pair, Settings
-from torch import nn
+from harness import OURS
+from models import Pair, kept_first, pruned, refitted
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbd_hub import Chain, build_chain
 from cbd_hub.alignment.ranking import rank
 from cbd_hub.alignment.ready_made import load_ready_made
 from cbd_hub.axes.architectures import axis_map_for
-from cbd_hub.axes.sizing import Sizes, parse_count
-from cbd_hub.build.inputs import BuildInputs
+from cbd_hub.axes.sizing import Sizes, count_parameters, parse_count, solve
 from cbd_hub.build.recipe import load_recipe
-from cbd_hub.evaluation.held_out import evaluate_loss
+from cbd_hub.initialization.fresh import fresh_model
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.text.packing import pack
-
-__all__ = ["OURS", "Bench", "Made", "Seed", "speed_of"]
+from cbd_hub.training.settings import DistillationConfig
 
 HERE = Path(__file__).parent
-OURS = "interpolate"
-"""The arm that all others are compared with."""
+PACKAGES = ("cbd_hub", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
 Made = tuple[PreTrainedModel, str]
 """A model, and what was chosen to make it."""
 
 
-class Bench:
+class Bench(harness.Figures):
     """The config, the text, and the figures so far."""
 
     def __init__(self, config: dict[str, Any], results: Path, work: Path) -> None:
-        self.config, self.path = config, results / "quality.json"
-        digest = _digest(config)
+        super().__init__(results, "quality", config_sha256=_digest(config))
         # What was trained before stays good as long as all that decides it does.
         self.work = work / _digest({name: config[name] for name in ("recipe", "independent", "validation_tokens")})
-        self.found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        if self.found.setdefault("config_sha256", digest) != digest:
-            raise SystemExit(f"{self.path} is of another config; remove it, or name another folder (--results)")
-        self.found.setdefault("config", config)
-        self.found.setdefault("runs", []).append(_machine())
+        self.config = self.found.setdefault("config", config)
+        self.found.setdefault("runs", []).append(harness.about(*PACKAGES))
         self.figures: dict[str, dict[str, Any]] = self.found.setdefault("figures", {})
         self.seconds: dict[str, dict[str, float]] = self.found.setdefault("seconds", {})
-        made = BuildInputs(load_recipe(self.recipe(0))[0], Path.cwd())
-        if made.text is None or made.tokenizer is None:
-            raise SystemExit("the recipe has no text")
+        made = harness.inputs(self.recipe(0))
         length = self.config["recipe"]["data"]["sequence_length"]
 
         def some(blocks: Dataset, tokens: int) -> Dataset:
@@ -89,13 +77,6 @@ class Bench:
             recipe["data"]["text_files"] = str((HERE / recipe["data"]["text_files"]).resolve())
         return recipe
 
-    def save(self) -> None:
-        """Writes the JSON whole, or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.found, indent=1) + "\n")
-        partial.replace(self.path)
-
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Adds the time of what is inside to a part's (what a killed run was at is not counted)."""
@@ -109,23 +90,14 @@ class Bench:
         self.save()
         print(f"== {name}: {self.seconds[name]} s", flush=True)
 
-    def keep(self, arm: str, size: int, seed: int, steps: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Returns a figure, measured now or in an earlier run."""
-        key = f"{arm} | {size} | seed {seed} | {steps} steps"
-        if key not in self.figures:
-            started = time.monotonic()
-            value = make()
-            self.figures[key] = {"arm": arm, "size": size, "seed": seed, "steps": steps, **value}
-            self.figures[key]["seconds"] = round(time.monotonic() - started, 2)
-            self.save()
-            print(key, value.get("loss"), flush=True)
-        return self.figures[key]
+    def measure(self, arm: str, size: int, seed: int, steps: int, make: Callable[[], dict[str, Any]]) -> None:
+        """Measures a figure, unless an earlier run did."""
+        place = {"arm": arm, "size": size, "seed": seed, "steps": steps}
+        self.keep(f"{arm} | {size} | seed {seed} | {steps} steps", lambda: {**place, **make()}, self.figures)
 
     def loss(self, model: PreTrainedModel, blocks: Dataset | None = None) -> dict[str, Any]:
         """Loss on the test text (or on other blocks), and on how many tokens."""
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        found = evaluate_loss(nn.Module.to(model, device), self.test if blocks is None else blocks)
-        nn.Module.to(model, "cpu")
+        found = harness.loss(model, self.test if blocks is None else blocks)
         return {"loss": round(found.loss, 5), "held_out_tokens": found.num_tokens}
 
     def choose(self, model: PreTrainedModel) -> float:
@@ -167,11 +139,19 @@ class Seed:
         """Axis sizes of a model."""
         return axis_map_for(model.config).sizes(model.config)
 
-    def settings(self, tokens: int | None = None, **more: Any) -> Settings:
-        """How an anchor is trained, with something else changed."""
+    def train(self, model: PreTrainedModel, teacher: Any, units: Any = None, text: Any = None, **more: Any) -> Any:
+        """Trains a model as an anchor is, with something else changed; on the bench's text or on (train, held-out)."""
         d = self.recipe.distillation
-        values: dict[str, Any] = {"learning_rate": d.learning_rate, "batch_size": d.batch_size, "seed": self.number}
-        return Settings(**{"tokens": tokens or self.tokens, "work": self.folder / "work", **values, **more})
+        values = {
+            "tokens": d.tokens,
+            "learning_rate": d.learning_rate,
+            "batch_size": d.batch_size,
+            "seed": self.number,
+        }
+        config = DistillationConfig(**{**values, **more})
+        return harness.train(
+            model, teacher, *(text or (self.bench.train, self.bench.validation)), config, index_map=units
+        )
 
     def saved(self, name: str, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         """A model that takes long: read from disk if an earlier run made it."""
@@ -186,9 +166,8 @@ class Seed:
         kept = units or rank(self.source, axis_map, self.sizes(self.source), sizes, blocks)
 
         def make() -> PreTrainedModel:
-            student = arms.pruned(self.source, sizes, kept)
-            arms.refitted(student, self.source, kept, self.bench.refit_blocks)
-            arms.train(student, self.source, self.bench.train, self.bench.validation, self.settings(tokens), kept)
+            student = refitted(pruned(self.source, sizes, kept), self.source, kept, self.bench.refit_blocks)
+            self.train(student, self.source, kept, tokens=tokens)
             return student
 
         return Pair(self.source, self.saved(name, make), kept)
@@ -198,7 +177,7 @@ class Seed:
         """Source and a student of every other layer, otherwise the same: what Boomerang starts from."""
         sizes = self.sizes(self.source)
         layers = np.arange(sizes["layers"])
-        units = IndexMap(np.concatenate([layers[::2], layers[1::2]]))
+        units = IndexMap(kept_first(layers[::2], len(layers)))
         return self.distilled("layered", {**sizes, "layers": len(layers[::2])}, self.tokens, units)
 
     @cached_property
@@ -211,10 +190,8 @@ class Seed:
         """The same sizes, each trained from scratch; units are paired in the order that they have, as in the paper."""
 
         def make(like: PreTrainedModel, index: int) -> PreTrainedModel:
-            model = arms.random_init(like.config, 1000 * (index + 1) + self.number)
-            spec = self.bench.config["independent"]
-            settings = self.settings(parse_count(spec["tokens"]), **speed_of(spec))
-            arms.train(model, None, self.bench.train, self.bench.validation, settings)
+            model = fresh_model(like.config, 1000 * (index + 1) + self.number)
+            self.train(model, None, **speed_of(self.bench.config["independent"]))
             return model
 
         models = [self.source]
@@ -233,48 +210,51 @@ class Seed:
     def arms(self, count: int) -> dict[str, Callable[[], Made | None]]:
         """Every arm that needs no training of its own at a size."""
         plan, number = self.plan(count)
-        pair, apart, bench = self.pairs[number], self.independent[number], self.bench
-        axis_map = pair.axis_map
-        layers = arms.depth_only(axis_map, pair.sizes[1], plan.num_parameters)
+        pair, apart, bench, sizes = self.pairs[number], self.independent[number], self.bench, plan.sizes
+        axis_map, whole = pair.units.axis_map, pair.units.large
+        layers = arms.depth_only(axis_map, whole, plan.num_parameters)
+        chance = arms.random_map(axis_map, whole, sizes, self.number)
 
         def paper(which: Pair) -> Made:
-            made = {f"alpha {a}": lambda a=a: arms.combine(plan, which, "paper", a) for a in bench.config["alphas"]}
+            made = {f"alpha {a}": lambda a=a: which.combine(sizes, "paper", a) for a in bench.config["alphas"]}
             return arms.best_of(made, bench.choose)[::-1]
 
         def sparse() -> Made:
-            other = arms.plan_between(self.sparse, plan.num_parameters)
-            return arms.combine(other, self.sparse), f"{other.num_parameters} parameters"
+            units = self.sparse.units
+            wanted = solve(axis_map, plan.num_parameters, units.small, units.large)
+            own = count_parameters(axis_map, wanted)
+            return self.sparse.combine(wanted, OURS, 1 - units.position(own)), f"{own} parameters"
 
-        def aligned_afterwards() -> Made:
+        def aligned_afterwards() -> PreTrainedModel:
             small, units = load_ready_made(apart.small, apart.large, axis_map, bench.calibration, progress=False)
-            return arms.combine(plan, Pair(apart.large, small, units)), ""
+            return Pair(apart.large, small, units).combine(sizes, OURS, plan.alpha)
 
-        def cut(units: Any, refit: bool) -> Made:
-            model = arms.pruned(pair.large, plan.sizes, units)
-            return (arms.refitted(model, pair.large, units, bench.refit_blocks) if refit else model), ""
+        def refit(units: IndexMap) -> PreTrainedModel:
+            return refitted(pruned(pair.large, sizes, units), pair.large, units, bench.refit_blocks)
 
-        chance = arms.random_map(axis_map, pair.sizes[1], plan.sizes, self.number)
-        config = pair.large.config
-        found: dict[str, Callable[[], Made | None]] = {
-            OURS: lambda: (self.chain.initialize(plan, progress=False), ""),
-            "random init": lambda: (arms.random_init(arms.combine(plan, pair, "prune").config, self.number), ""),
-            "expand, zero padding": lambda: (arms.combine(plan, pair, "expand"), ""),
-            "expand, duplication": lambda: (arms.duplicate(plan, pair), ""),
-            "prune": lambda: cut(pair.index_map, False),
-            "prune + refit": lambda: cut(pair.index_map, True),
-            "random subset": lambda: cut(chance, False),
-            "random subset + refit": lambda: cut(chance, True),
-            "weight subcloning": lambda: (arms.subclone(pair.large, plan.sizes), ""),
+        made: dict[str, Callable[[], PreTrainedModel]] = {
+            OURS: lambda: self.chain.initialize(plan, progress=False),
+            "random init": lambda: fresh_model(pair.combine(sizes, "prune").config, self.number),
+            "expand, zero padding": lambda: pair.combine(sizes, "expand", 1.0),
+            "expand, duplication": lambda: arms.duplicate(sizes, pair),
+            "prune": lambda: pruned(pair.large, sizes, pair.index_map),
+            "prune + refit": lambda: refit(pair.index_map),
+            "random subset": lambda: pruned(pair.large, sizes, chance),
+            "random subset + refit": lambda: refit(chance),
+            "weight subcloning": lambda: arms.subclone(pair.large, sizes),
+            "interpolate, independent anchors aligned afterwards": aligned_afterwards,
+        }
+        found: dict[str, Callable[[], Made | None]] = {name: lambda m=m: (m(), "") for name, m in made.items()}
+        found |= {
             "paper, aligned anchors": lambda: paper(pair),
             "paper, independent anchors": lambda: paper(apart),
-            "interpolate, independent anchors aligned afterwards": aligned_afterwards,
             "interpolate, no middle anchor": sparse,
         }
-        if layers is not None and config.num_hidden_layers > layers:
+        if layers is not None:
             found["passthrough, layers dropped"] = lambda: arms.drop_layers(pair.large, layers, bench.choose)[::-1]
-            if number == 0 and layers > self.sizes(self.layered.small)["layers"]:
+            if number == 0 and layers > self.layered.units.small["layers"]:
                 found["boomerang, layers patched"] = lambda: (
-                    None if (made := arms.patch(self.layered, layers, bench.choose)) is None else made[::-1]
+                    None if (best := arms.patch(self.layered, layers, bench.choose)) is None else best[::-1]
                 )
         return found
 
@@ -284,28 +264,6 @@ def _digest(value: Any) -> str:
 
 
 def speed_of(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Learning rate and batch size of a part of the config."""
-    return {"learning_rate": float(spec["learning_rate"]), "batch_size": spec["batch_size"]}
-
-
-def _machine() -> dict[str, Any]:
-    """Where and with what a run is made."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "processor": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": gpu,
-        "commit": git("rev-parse", "HEAD"),
-        "changed_files": git("status", "--porcelain", "../cbd_hub").splitlines(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("cbd_hub", "torch", "transformers", "tokenizers", "datasets", "numpy")},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    """Tokens, learning rate and batch size of a part of the config."""
+    rate = float(spec["learning_rate"])
+    return {"tokens": parse_count(spec["tokens"]), "learning_rate": rate, "batch_size": spec["batch_size"]}

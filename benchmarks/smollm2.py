@@ -10,253 +10,225 @@ of held-out text that chose nothing; +- is one standard error of the paired diff
 """
 
 import argparse
-import json
 import platform
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import harness
 import results
 import torch
+from figures import DOMAINS
+from harness import OURS
+from models import Pair, pruned, refitted
 from transformers import PreTrainedModel
 
 from cbd_hub import Chain
 from cbd_hub.axes.sizing import solve
-from cbd_hub.build.inputs import BuildInputs
-from cbd_hub.build.recipe import load_recipe
-from cbd_hub.evaluation.held_out import evaluate_loss
-from cbd_hub.initialization.refit import REFIT_TOKENS, refit
-from cbd_hub.interpolation.materialize import blend_models, cut
+from cbd_hub.initialization.refit import REFIT_TOKENS
 from cbd_hub.interpolation.operations import list_operations
 from cbd_hub.interpolation.plan import Plan
-from cbd_hub.losses.heads import kept_hidden
-from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.text.documents import load_documents
 from cbd_hub.text.packing import pack
-from cbd_hub.training.distill import distill
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results"
-VARIANTS = ("own units at weight 1", "even spread", "even spread, weight 1")
-POSITIONS = (0.25, 0.5, 0.75)
-BLOCKS = 32
-OTHER = ROOT / "examples" / "data" / "sotu"
 
 
-class Bench:
+class Bench(harness.Figures):
     """The chain, its text, and the figures so far."""
 
-    def __init__(self, folder: Path, recipe: Path, results: Path) -> None:
-        self.chain = Chain.from_pretrained(folder)
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options.results, "smollm2")
+        self.positions = options.positions
+        self.chain = harness.open_chain(options)
         self.map = self.chain.manifest.resolved_axis_map
-        self.recipe, base = load_recipe(recipe)
-        self.made = BuildInputs(self.recipe, base)
-        self.path = results / "smollm2.json"
-        self.found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        if self.made.text is None or self.made.tokenizer is None or self.recipe.data is None:
-            raise SystemExit("the recipe has no text")
-        self.train = self.made.text.train
-        self.blocks = {"in domain": rows(self.made.text.test)}
-        data = self.recipe.data.model_copy(update={"text_files": f"{OTHER}/*.txt"})
-        documents = load_documents(data, Path("/"))
-        picked = documents.shuffle(seed=0).select(range(12))
-        self.blocks["another domain"] = rows(pack(picked, self.made.tokenizer, data.sequence_length))
+        self.made = harness.inputs(options.recipe or harness.toy_recipe())
+        data, tokenizer = self.made.recipe.data, self.made.tokenizer
+        speeches = data.model_copy(update={"text_files": f"{harness.SPEECHES}/*.txt"})
+        picked = load_documents(speeches, Path("/")).shuffle(seed=0).select(range(12))
+        texts = self.made.text.test, pack(picked, tokenizer, data.sequence_length)
+        self.blocks = {name: harness.first(text, options.blocks) for name, text in zip(DOMAINS, texts, strict=True)}
 
-    def keep(self, key: str, make: Callable[[], Any]) -> Any:
-        """Returns a figure, measured now or in an earlier run."""
-        if key not in self.found:
-            started = time.monotonic()
-            self.found[key] = make()
-            self.found.setdefault("seconds", {})[key] = round(time.monotonic() - started, 1)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.found, indent=1) + "\n")
-            print(key, self.found[key] if not isinstance(self.found[key], dict) else "", flush=True)
-        return self.found[key]
-
-    def losses(self, model: PreTrainedModel, *domains: str) -> dict[str, list[float]]:
+    def losses(self, model: PreTrainedModel, domains: Iterable[str] = DOMAINS) -> dict[str, list[float]]:
         """Loss of every block, by domain."""
-        return {
-            domain: [round(evaluate_loss(model, block[None]).loss, 5) for block in self.blocks[domain]]
-            for domain in domains or ("in domain",)
-        }
+        return {d: [round(harness.loss(model, block[None]).loss, 5) for block in self.blocks[d]] for d in domains}
 
-    def refitted(self, model: PreTrainedModel, large: PreTrainedModel, index_map: IndexMap) -> PreTrainedModel:
-        """The model with its output projections fitted to the large anchor."""
-        blocks = self.chain.calibration
-        if blocks is None:
+    def refit(self, model: PreTrainedModel, large: PreTrainedModel, index_map: Any) -> PreTrainedModel:
+        """The model with its output projections fitted to the large anchor, on the tokens that the chain ships."""
+        if (blocks := self.chain.calibration) is None:
             raise SystemExit("the chain ships no calibration tokens")
-        sizes = self.map.sizes(model.config)
-        layers = index_map.layers_of(sizes["layers"])
-        kept = kept_hidden(index_map, sizes["hidden"], self.map.sizes(large.config)["hidden"])
-        refit(model, large, self.map, layers, kept, blocks[: REFIT_TOKENS // blocks.shape[1]])
-        return model
+        return refitted(model, large, index_map, blocks[: REFIT_TOKENS // blocks.shape[1]])
 
 
-def rows(blocks: Any) -> torch.Tensor:
-    """The first blocks as a tensor (N, S)."""
-    return torch.tensor([row["input_ids"] for row in blocks.select(range(min(BLOCKS, len(blocks))))])
+# -- the methods ------------------------------------------------------------------------------------------------------
 
 
-def blend(plan: Plan, bench: Bench, large: PreTrainedModel, small: PreTrainedModel) -> PreTrainedModel:
-    """Carries out a plan on two models in memory."""
-    return blend_models(plan.operations, plan.pair, plan.sizes, large, small)
+def by(method: str, bench: Bench, count: int, plan: Plan) -> PreTrainedModel:
+    """One of the library's methods."""
+    return bench.chain.initialize(bench.chain.plan(count, method=method), progress=False)
 
 
-def measure_methods(bench: Bench, variants: bool = False) -> None:
-    """Every method at three sizes between every two neighbors; or the variants of the rule."""
-    chain, anchors = bench.chain, bench.chain.manifest.anchors
-    for entry in chain.anchors:
-        bench.keep(f"anchor {entry.name}", lambda e=entry: bench.losses(e.load(), *bench.blocks))
-    for large, small in pairwise(anchors):
-        for position in POSITIONS:
-            size = round(small.num_parameters + position * (large.num_parameters - small.num_parameters))
-            plan = chain.plan(size, method="interpolate")
-            even = solve(bench.map, size, chain.manifest.sizes(small), chain.manifest.sizes(large), shallow=False)
-            heavy = replace(plan, operations=operations(bench, plan, 1.0))
-            ways: dict[str, Callable[[], PreTrainedModel]] = {
-                "interpolate": lambda p=plan: chain.initialize(p, progress=False),
-                "prune": lambda s=size: chain.initialize(chain.plan(s, method="prune"), progress=False),
-                "prune + refit": lambda s=size, n=large.name: bench.refitted(
-                    chain.initialize(chain.plan(s, method="prune"), progress=False),
-                    next(a for a in chain.anchors if a.name == n).load(),
-                    chain.plan(s, method="prune").pair.index_map,
-                ),
-                "expand": lambda s=size: chain.initialize(chain.plan(s, method="expand"), progress=False),
-                "paper": lambda s=size: chain.initialize(chain.plan(s, method="paper"), progress=False),
-                "own units at weight 1": lambda p=heavy: chain.initialize(p, progress=False),
-                "even spread": lambda e=even: chain.initialize(
-                    chain.plan(shape=bench.map.config_fields(e), method="interpolate"), progress=False
-                ),
-                "even spread, weight 1": lambda e=even: chain.initialize(
-                    heavier(bench, chain.plan(shape=bench.map.config_fields(e), method="interpolate")), progress=False
-                ),
-            }
-            for name, make in ways.items():
-                if variants is not (name in VARIANTS):
-                    continue
-                domains = bench.blocks if name in ("interpolate", "prune", "prune + refit") else ("in domain",)
-                bench.keep(f"{plan.num_parameters} {name}", lambda m=make, d=domains: bench.losses(m(), *d))
-            bench.keep(f"{plan.num_parameters} plan", lambda p=plan, lo=small, hi=large: facts(p, lo.name, hi.name))
+def prune_and_refit(bench: Bench, count: int, plan: Plan) -> PreTrainedModel:
+    """Pruned, and fitted to the large anchor."""
+    large = next(a for a in bench.chain.anchors if a.name == plan.large).load()
+    return bench.refit(by("prune", bench, count, plan), large, plan.pair.index_map)
 
 
-def heavier(bench: Bench, plan: Plan) -> Plan:
-    return replace(plan, operations=operations(bench, plan, 1.0))
+def variant(even: bool, heavy: bool, bench: Bench, count: int, plan: Plan) -> PreTrainedModel:
+    """`interpolate` with layers spread evenly over the size, or what only the large anchor has at weight 1."""
+    if even:
+        sizes = solve(bench.map, count, plan.pair.small, plan.pair.large, shallow=False)
+        plan = bench.chain.plan(shape=bench.map.config_fields(sizes), method=OURS)
+    if heavy:
+        operations = list_operations(plan.pair, plan.sizes, plan.method, plan.alpha, 1.0)
+        plan = replace(plan, operations=operations)
+    return bench.chain.initialize(plan, progress=False)
 
 
-def operations(bench: Bench, plan: Plan, own_weight: float) -> Any:
-    """The plan's operations with another weight for what only the large anchor has."""
-    return list_operations(plan.pair, plan.sizes, plan.method, plan.alpha, own_weight)
+Make = Callable[[Bench, int, Plan], PreTrainedModel]
+METHODS: dict[str, tuple[Make, tuple[str, ...]]] = {
+    OURS: (partial(by, OURS), DOMAINS),
+    "prune": (partial(by, "prune"), DOMAINS),
+    "prune + refit": (prune_and_refit, DOMAINS),
+    "expand": (partial(by, "expand"), DOMAINS[:1]),
+    "paper": (partial(by, "paper"), DOMAINS[:1]),
+}
+VARIANTS: dict[str, tuple[Make, tuple[str, ...]]] = {
+    "own units at weight 1": (partial(variant, False, True), DOMAINS[:1]),
+    "even spread": (partial(variant, True, False), DOMAINS[:1]),
+    "even spread, weight 1": (partial(variant, True, True), DOMAINS[:1]),
+}
 
 
-def facts(plan: Plan, small: str, large: str) -> dict[str, Any]:
-    """What the table says of a size."""
-    return {"r": round(plan.position, 3), "shape": dict(plan.shape), "small": small, "large": large}
+def measure(ways: dict[str, tuple[Make, tuple[str, ...]]], bench: Bench) -> None:
+    """The anchors, and every way at three sizes between every two neighbors."""
+    for anchor in bench.chain.anchors:
+        bench.keep(f"anchor {anchor.name}", lambda a=anchor: bench.losses(a.load()))
+    for large, small, count, plan in harness.between(bench.chain, bench.positions):
+        size = plan.num_parameters
+        for name, (make, domains) in ways.items():
+            bench.keep(f"{size} {name}", lambda m=make, c=count, p=plan, d=domains: bench.losses(m(bench, c, p), d))
+        facts = {"r": round(plan.position, 3), "shape": dict(plan.shape), "small": small.name, "large": large.name}
+        bench.keep(f"{size} plan", lambda f=facts: f)
 
 
 def measure_refine(bench: Bench) -> None:
     """`refine=True` at every size of the table, those in the middle of a pair first."""
+
+    def run(size: int) -> dict[str, Any]:
+        model = bench.chain.initialize(bench.chain.plan(size, method=OURS), refine=True)
+        return {**bench.losses(model, DOMAINS[:1]), "report": model.config.cbd_hub["refine"]}
+
     for key in sorted((k for k in bench.found if k.endswith(" plan")), key=lambda k: abs(bench.found[k]["r"] - 0.5)):
-        size = int(key.split()[0])
+        bench.keep(key.replace(" plan", " refine"), lambda k=key: run(int(k.split()[0])))
 
-        def run(size: int = size) -> dict[str, Any]:
-            model = bench.chain.initialize(bench.chain.plan(size, method="interpolate"), refine=True)
-            return {**bench.losses(model), "report": model.config.cbd_hub["refine"]}
 
-        bench.keep(f"{size} refine", run)
+# -- the controls -----------------------------------------------------------------------------------------------------
 
 
 def measure_controls(bench: Bench) -> None:
-    """Whether the lead is alignment or adaptation to the text: the rivals get the same tokens."""
-    chain, recipe = bench.chain, bench.recipe
+    """Whether the lead is alignment or adaptation to the text: the rivals get the same tokens; and a second seed."""
+    chain, config = bench.chain, bench.made.recipe.distillation
     large, small = chain.anchors[:2]
-    middle = round((large.num_parameters + small.num_parameters) / 2)
-    plan = chain.plan(middle, method="interpolate")
-    config, pair = recipe.distillation, chain.index_maps[small.name]
-    layers = np.concatenate([np.sort(pair.layers[: plan.sizes["layers"]]), pair.layers[plan.sizes["layers"] :]])
-    index_map = replace(pair, layers=layers)
-    source, sizes = large.load(), chain.manifest.sizes(chain.manifest.anchors[0])
-    work = bench.path.parent / "work"
+    plan = chain.plan(round((large.num_parameters + small.num_parameters) / 2), method=OURS)
+    source, units = large.load(), plan.pair.index_map
 
-    def trained(student: PreTrainedModel, teacher: PreTrainedModel | None, units: IndexMap | None, seed: int) -> Any:
-        settings = config.model_copy(update={"seed": seed} | ({} if teacher else {"ce": 1.0}))
-        return distill(
-            student, teacher, bench.train, bench.made.validation, settings, index_map=units, work_dir=work / "run"
+    def trained(student: PreTrainedModel, teacher: PreTrainedModel | None, index_map: Any, seed: int = 0) -> int:
+        settings = config.model_copy(update={"seed": config.seed + seed} | ({} if teacher else {"ce": 1.0}))
+        steps = harness.train(
+            student, teacher, bench.made.text.train, bench.made.validation, settings, index_map=index_map
         )
+        return max(steps) * config.batch_size * config.gradient_accumulation * bench.blocks[DOMAINS[0]].shape[1]
+
+    def start(teacher: PreTrainedModel, sizes: Any) -> PreTrainedModel:
+        return bench.refit(pruned(teacher, sizes, units), teacher, units)
 
     def pruned_distilled() -> dict[str, Any]:
-        student = bench.refitted(cut(source, bench.map, sizes, plan.sizes, index_map), source, index_map)
-        training = trained(student, source, index_map, config.seed)
-        return {**bench.losses(student, *bench.blocks), "tokens": training.tokens}
+        student, layers = start(source, plan.sizes), units.layers.copy()
+        layers[: plan.sizes["layers"]].sort()
+        tokens = trained(student, source, replace(units, layers=layers))
+        return {**bench.losses(student), "tokens": tokens}
 
     def adapted_pruned() -> dict[str, Any]:
         teacher = large.load()
-        training = trained(teacher, None, None, config.seed)
-        result = {"teacher": bench.losses(teacher, *bench.blocks), "tokens": training.tokens}
-        student = cut(teacher, bench.map, sizes, plan.sizes, index_map)
-        result["prune"] = bench.losses(student, *bench.blocks)
-        return result | {"prune + refit": bench.losses(bench.refitted(student, teacher, index_map), *bench.blocks)}
+        tokens = trained(teacher, None, None)
+        ways = {
+            "teacher": lambda: teacher,
+            "prune": lambda: pruned(teacher, plan.sizes, units),
+            "prune + refit": lambda: start(teacher, plan.sizes),
+        }
+        return {"tokens": tokens, **{name: bench.losses(make()) for name, make in ways.items()}}
 
     def second_seed() -> dict[str, Any]:
-        small_sizes = chain.manifest.sizes(chain.manifest.anchors[1])
-        student = bench.refitted(cut(source, bench.map, sizes, small_sizes, pair), source, pair)
-        training = trained(student, source, pair, config.seed + 1)
-        between = blend(plan, bench, source, student)
-        return {"anchor": bench.losses(student), "interpolate": bench.losses(between), "tokens": training.tokens}
+        student = start(source, plan.pair.small)
+        tokens = trained(student, source, units, seed=1)
+        between = Pair(source, student, units).combine(plan.sizes, OURS, plan.alpha)
+        losses = {"anchor": student, OURS: between}
+        return {**{name: bench.losses(model, DOMAINS[:1]) for name, model in losses.items()}, "tokens": tokens}
 
     bench.keep("control: pruned, distilled on the same tokens", pruned_distilled)
     bench.keep("control: teacher adapted on the same tokens, then pruned", adapted_pruned)
     bench.keep("seed 1", second_seed)
 
 
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
 def build_cost(folder: Path) -> dict[str, dict[str, float]]:
     """Seconds of each anchor's ranking, and of its refit and distillation, from when a build wrote its records."""
-    at = {path.name: path.stat().st_mtime for path in (folder / ".build").glob("*.json")}
+    at = {path.stem: path.stat().st_mtime for path in (folder / ".build").glob("*.json")}
+    steps = [i for i in range(1, len(at)) if f"ranking-{i}" in at and f"step-{i}" in at]
+    spent = {"ranking": ("ranking-{1}", "step-{0}"), "training": ("step-{1}", "ranking-{1}")}
     return {
         f"step {i}": {
-            "ranking": round(at[f"ranking-{i}.json"] - at[f"step-{i - 1}.json"], 1),
-            "training": round(at[f"step-{i}.json"] - at[f"ranking-{i}.json"], 1),
+            name: round(at[end.format(i - 1, i)] - at[begin.format(i - 1, i)], 1)
+            for name, (end, begin) in spent.items()
         }
-        for i in range(1, len(at))
-        if f"ranking-{i}.json" in at and f"step-{i}.json" in at
+        for i in steps
     }
 
 
-def main() -> None:
-    """Measures what is missing and writes the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chain", type=Path)
-    parser.add_argument("--recipe", type=Path, default=ROOT / "examples" / "recipes" / "smollm2-135m.yaml")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--only", choices=("methods", "controls", "refine", "variants", "table"), nargs="*")
-    options = parser.parse_args()
-    bench = Bench(options.chain, options.recipe, options.results)
-    if (options.chain / ".build").is_dir():
-        bench.keep("build", lambda: build_cost(options.chain))
-    parts: dict[str, Callable[[Bench], None]] = {
-        "methods": measure_methods,
-        "refine": measure_refine,
-        "controls": measure_controls,
-        "variants": lambda bench: measure_methods(bench, variants=True),
-    }
-    for name, measure in parts.items():
-        if options.only is None or name in options.only:
-            measure(bench)
-    anchors = [
+def anchors(chain: Chain) -> list[dict[str, Any]]:
+    """What the table says of the anchors."""
+    return [
         {
             "name": a.name,
             "parameters": a.num_parameters,
             "tokens": t.tokens if (t := a.training) else 0,
             "losses": [t.cut_loss, t.start_loss, t.best_loss] if t else [None] * 3,
         }
-        for a in bench.chain.manifest.anchors
+        for a in chain.manifest.anchors
     ]
-    tokens = sum(len(row) - 1 for row in bench.blocks["in domain"])
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "methods": partial(measure, METHODS),
+    "refine": measure_refine,
+    "controls": measure_controls,
+    "variants": partial(measure, VARIANTS),
+}
+
+
+def main() -> None:
+    """Measures what is missing and writes the tables."""
+    options = harness.options(
+        __doc__,
+        "the chain of examples/recipes/smollm2-135m.yaml",
+        recipe=(harness.RECIPES / "smollm2-135m.yaml", "of the chain", None),
+        positions=([0.25, 0.5, 0.75], "between neighbors, 0 to 1", [0.5]),
+        blocks=(32, "held-out blocks of each domain", 2),
+        only=([*PARTS], f"parts to measure, of {', '.join(PARTS)}, or table"),
+    )
+    bench = Bench(options)
+    folder = options.chain or options.results / "chain"
+    if (folder / ".build").is_dir():
+        bench.keep("build", lambda: build_cost(folder))
+    for name in options.only:
+        if name != "table":
+            PARTS[name](bench)
+    tokens = sum(len(row) - 1 for row in bench.blocks[DOMAINS[0]])
     where = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    bench.found |= {"anchors": anchors, "held_out_tokens": tokens, "machine": where}
+    bench.found |= {"anchors": anchors(bench.chain), "held_out_tokens": tokens, "machine": where}
     results.save("smollm2", bench.found, options.results)
 
 
