@@ -123,9 +123,9 @@ def main() -> None:
     cache = Path(tempfile.gettempdir()) / "cbd-hub-align"
     options = harness.options(
         __doc__,
-        tokens=(TRAINING.tokens, "of each training", 2_000),
+        tokens=(TRAINING.tokens, "of each training", 512),
         test_tokens=(16_000, "that losses are measured on", 500),
-        pairs=([*PAIRS], "that are measured", ["GPT-2, same width", "Llama, narrower"]),
+        pairs=([*PAIRS], "that are measured", ["Llama, narrower"]),
         cache=(cache, "folder of the trained models"),
     )
     made = harness.inputs(harness.toy_recipe() if options.smoke else harness.RECIPES / "quickstart.yaml")

@@ -207,7 +207,7 @@ def measure(bench: Bench, name: str, kind: dict[str, Any]) -> None:
     bench.keep(f"{name} | report", lambda: {"auto": ways, "why": why, **(report.to_dict() if report else {})})
     bench.keep("source", lambda: measured(on.source, harness.inputs(bench.recipe(bench.model))))
     for seed in bench.options.seeds:
-        for way in WAYS[: bench.options.ways]:
+        for way in bench.options.ways:
             bench.keep(f"{name} | {way} | seed {seed}", partial(founded, bench, kind, made, on, way, seed))
     for seed in bench.options.seeds:
         bench.keep(f"{name} | chain | seed {seed}", partial(goes_on, bench, kind, made, place, on, seed))
@@ -219,7 +219,7 @@ def main() -> None:
         __doc__,
         seeds=([0, 1], "of every arm", [0]),
         only=([*CHAINS], "chains, or tables", [*SMOKE]),
-        ways=(len(WAYS), "only the first so many ways"),
+        ways=([*WAYS], "to found anchor zero by", [CORPUS_ALONE, "transplant + seqkd + logits"]),
         model=(CACHE / "smollm2" / "model", "folder of the source", None),
         text=(f"{CACHE}/smollm2/text/*.txt", "the corpus", f"{harness.SPEECHES}/179[0-3]*.txt"),
         tokens=(32_768, "of every arm", 256),

@@ -33,7 +33,7 @@ def run(name: str, *arguments: str) -> None:
         [sys.executable, BENCHMARKS / f"{name}.py", *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
@@ -232,6 +232,64 @@ def test_train_scaling_writes_its_figures_and_tables(script: Any, tmp_path: Path
     text = (tmp_path / "train_scaling.md").read_text()
     assert text == script("results").page("train_scaling", result)
     assert text.count("\n| 64 |") == text.count("\n| 2 |") == 1
+
+
+# -- chains and quality, at toy scale ---------------------------------------------------------------------------------
+
+VIEWS: dict[str, Any] = {  # script → what of its figures says that all arms were measured
+    "rules": lambda data: (len(data["own_weight"]), len(data["layers"]), len(data["own_weight"][0])),
+    "losses": lambda data: [(row["vocabulary"], row["batch"], row["length"]) for row in data["rows"]],
+    "train": lambda data: (data["batch"], data["length"], "plain loop" in data["ways"]),
+    "fetch": lambda data: [(row["method"], row["planned_bytes"] < row["pair_bytes"]) for row in data["rows"]],
+    "align": lambda data: [(name, len(found["loss"]), len(found["alone"])) for name, found in data["pairs"].items()],
+    "smollm2": lambda data: [
+        len(data[key]["prune"]["in domain"]) for key in data if key.startswith("control: teacher")
+    ],
+    "bridge": lambda data: [sum(key.startswith(f"{name} | ") for key in data) for name in ("GPT-2", "Llama")],
+    "quality": lambda data: sorted({figure["seed"] for figure in data["figures"].values()}),
+}
+WHOLE: dict[str, Any] = {
+    "rules": (14, 14, 8),
+    "losses": [(4096, 2, 64)],
+    "train": (4, 32, True),
+    "fetch": [("interpolate", True), ("prune", True)] * 2,
+    "align": [("Llama, narrower", 3, 4)],
+    "smollm2": [2],
+    "bridge": [4, 4],
+    "quality": [0, 1],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_benchmark_measures_all_its_arms_at_toy_scale(script: Any, tmp_path: Path, name: str) -> None:
+    """In the smoke profile, which is the same code at another scale."""
+    own = {"align": ["--cache", str(tmp_path / "models")], "quality": ["--work", str(tmp_path / "work")]}
+    run(name, "--profile", "smoke", "--results", str(tmp_path), *own.get(name, []))
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert VIEWS[name](result) == WHOLE[name]
+    if name in script("results").PAGES:
+        assert (tmp_path / f"{name}.md").read_text() == script("results").page(name, result)
+
+
+def test_a_figure_is_measured_once_and_kept(script: Any, tmp_path: Path) -> None:
+    """A second run reads the file, and one with other settings is refused."""
+    figures = script("harness").Figures(tmp_path, "kept", settings={"limit": 3})
+    assert figures.keep("a", lambda: 1) == 1 and figures.keep("a", lambda: 2) == 1
+    assert figures.keep("b", lambda: 3, figures.found.setdefault("part", {})) == 3
+    again = script("harness").Figures(tmp_path, "kept", settings={"limit": 3})
+    assert again.found == {"settings": {"limit": 3}, "a": 1, "part": {"b": 3}}
+    with pytest.raises(SystemExit, match="another settings"):
+        script("harness").Figures(tmp_path, "kept", settings={"limit": 4})
+
+
+def test_work_in_a_process_returns_its_value_and_failure_is_none(script: Any) -> None:
+    harness = script("harness")
+    assert harness.forked(lambda a, b: a + b, 2, 3) == 5
+    assert harness.forked(lambda: (int(os.environ["RANK"]), os.environ["WORLD_SIZE"]), processes=2) == (0, "2")
+    assert harness.forked(lambda: sys.exit(3)) is None
+    assert list(harness.turns("ab", 3)) == ["a", "b", "b", "a", "a", "b"]
 
 
 # -- every script -----------------------------------------------------------------------------------------------------
