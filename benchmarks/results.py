@@ -96,7 +96,7 @@ def pages(root: Path) -> dict[Path, str]:
     """What every generated page should be."""
     docs = root / "docs"
     figures = {name: data for name in NAMES if (data := read(docs / "results", name))}
-    texts = {name: page(name, data) for name, data in figures.items() if name in (*PAGES, "losses")}
+    texts = {name: page(name, data) for name, data in figures.items() if name != "quickstart"}
     values = {
         "figures": figures,
         "pages": texts,
