@@ -200,7 +200,10 @@ def test_expected_loss_follows_the_measured_curve(folder: Path, tmp_path: Path) 
     ("arguments", "says"),
     [
         ({}, "give exactly one of num_parameters, shape and memory"),
-        ({"num_parameters": "20k", "shape": {"hidden_size": 48}}, "give exactly one of num_parameters, shape and memory"),
+        (
+            {"num_parameters": "20k", "shape": {"hidden_size": 48}},
+            "give exactly one of num_parameters, shape and memory",
+        ),
         ({"num_parameters": "138X"}, "'138X' is not a parameter count"),
         ({"num_parameters": 0}, "between 1 and 10^15 parameters; got '0'"),
         ({"num_parameters": True}, "True is not a parameter count"),
