@@ -73,7 +73,7 @@ def finish_chain(
         axis_map=json.loads(json.dumps(axis_map.to_dict())),
         basis=basis,  # type: ignore[arg-type]
         layers_last=recipe.spread.layers_last,
-        source=recipe.source.model or recipe.source.served or "trained from scratch",
+        source=inputs.source_name,
         source_revision=recipe.source.revision,
         bridge=bridge,
         license=recipe.license,

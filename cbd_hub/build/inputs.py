@@ -203,6 +203,15 @@ class BuildInputs:
         rows = max(1, REFIT_TOKENS // self.recipe.data.sequence_length)
         return torch.cat(list(islice(token_batches(self.text.train, 1), rows)))
 
+    @property
+    def source_name(self) -> str:
+        """What a chain may say of its source: a repo id, the name of a folder without its path, or how it was made."""
+        source = self.recipe.source
+        if source.model is not None:
+            location = self._source()
+            return Path(location.place).name if location.is_local else location.place
+        return source.served or "trained from scratch"
+
     def _location(self, place: str, revision: str | None = None) -> Location:
         path = (self.base / Path(place).expanduser()).resolve()
         return Location(str(path) if path.exists() else place, revision)

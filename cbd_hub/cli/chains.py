@@ -66,32 +66,35 @@ def build(
     """
     if (recipe is None) == (source is None):
         raise typer.BadParameter("give a recipe, or --source with --anchors and --text or --dataset")
-    if recipe is None and source is not None:
+    told: Path | dict[str, Any] | None = recipe
+    if source is not None:
         if bool(text) == (dataset is not None):
             raise typer.BadParameter("give exactly one of --text and --dataset")
-        recipe = _write_recipe(output, short_recipe(source, anchors or [], text or [], dataset, tokens, name))
+        told = short_recipe(source, anchors or [], text or [], dataset, tokens, name)
+        stage_line(yaml.safe_dump(told, sort_keys=False), not as_json)
     from cbd_hub.build.build import build_chain
     from cbd_hub.build.check import check_recipe
 
     if dry_run or source is not None:
-        plan = check_recipe(recipe, output)
+        plan = check_recipe(told, output)
         if dry_run:
             _show_check(plan, as_json)
             return
         stage_line(str(plan), not as_json)
-    chain = build_chain(recipe, output, resume=not no_resume, progress=not as_json)  # type: ignore[arg-type]
+    if isinstance(told, dict):
+        told = _write_recipe(output, told)
+    chain = build_chain(told, output, resume=not no_resume, progress=not as_json)  # type: ignore[arg-type]
     _show_chain(chain, as_json)
 
 
 def _write_recipe(output: Path, recipe: dict[str, Any]) -> Path:
-    """Writes a recipe beside the chain that it makes, and shows it; one that is there must say the same."""
+    """Writes a recipe beside the chain that it makes; one that is there must say the same."""
     path = output.with_name(f"{output.name}.yaml")
     written = yaml.safe_dump(recipe, sort_keys=False)
     if path.exists() and path.read_text(encoding="utf-8") != written:
         raise OutputExistsError(f"{path} holds another recipe; name another --output, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(written, encoding="utf-8")
-    stage_line(f"# {path}\n{written}")
     return path
 
 
@@ -225,7 +228,7 @@ def _show_chain(chain: "Chain", as_json: bool) -> None:
             f"{format_count(anchor.training.tokens)} tokens" if anchor.training else "-",
             f"{evaluation.loss:.4f}" if evaluation else "-",
             f"{evaluation.perplexity:.2f}" if evaluation else "-",
-            "yes" if anchor.aligned else "no",
+            "-" if anchor.barrier is None else "yes" if anchor.aligned else "no",
         )
     console.print(table)
     if manifest.anchors[0].evaluation:

@@ -30,8 +30,9 @@ def _repeated(arguments: list[str]) -> list[str]:
     option: str | None = None
     for argument in arguments:
         if argument.startswith("-"):
-            option = argument if argument in lists else None
-            written += [] if option else [argument]
+            name, equals, _ = argument.partition("=")
+            option = name if name in lists else None
+            written += [] if option and not equals else [argument]
         else:
             written += [argument] if option is None else [option, argument]
     return written

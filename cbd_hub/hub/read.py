@@ -117,7 +117,13 @@ class Location:
         if self.is_local:
             path = Path(self.place).expanduser() / filename
             if not path.is_file():
-                raise ChainNotFoundError(f"there is no {filename} in {self.place}")
+                hint = ""
+                if name == manifests.MANIFEST_NAME and (path.parent / "config.json").is_file():
+                    hint = (
+                        ": it holds a model, of which a chain can be made (cbd-hub build --source "
+                        f"{self.place} --anchors 0.75 0.5 --text FILES --output my-chain)"
+                    )
+                raise ChainNotFoundError(f"there is no {filename} in {self.place}{hint}")
             return path
         if self.place.startswith((".", "/", "~")) or self.place.count("/") > 1:
             raise ChainNotFoundError(f"there is no folder {self.place!r}")

@@ -439,14 +439,18 @@ def test_a_chain_is_built_of_a_model_and_text_alone(run: Run, tmp_path: Path) ->
     files = sorted(TEXT.glob("179*.txt"))
     of = ["--source", source, "--anchors", "0.8", "0.6", "--text", *files, "--tokens", "2k", "-o", tmp_path / "mine"]
     planned = run("build", *of, "--dry-run")
-    assert planned.code == 0 and "the build can start" in planned.out and not (tmp_path / "mine").exists()
-    recipe = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    assert planned.code == 0 and "the build can start" in planned.out
+    assert not list(tmp_path.iterdir())  # a dry run writes nothing
+    recipe = yaml.safe_load(planned.err)
+    same = ["--anchors=0.8", "0.6", *of[:2], *of[5:]]
+    assert yaml.safe_load(run("build", *same, "--dry-run").err) == recipe
     assert recipe["anchors"] == [{"fraction": 0.8}, {"fraction": 0.75}]
     assert recipe["data"]["text_files"] == [str(path) for path in files]
     recipe["data"]["sequence_length"] = 32  # the tiny model's context
     recipe["evaluation"] = {"tokens": 500, "curve_points": 1}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    assert "holds another recipe" in failed(run("build", *of))
+    refused = run("build", *of)
+    assert refused.code == 1 and "holds another recipe" in refused.err.splitlines()[-1]
     done = run("build", tmp_path / "mine.yaml", "-o", tmp_path / "mine", "--json")
     assert done.code == 0 and len(json.loads(done.out)["anchors"]) == 3
 

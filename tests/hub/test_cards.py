@@ -113,7 +113,7 @@ def test_a_chains_card_lists_its_anchors() -> None:
     assert cells(card, "`large`")[4:6] == ["3.0000", "20.086"]
     assert "All anchors share: hidden_size 48, num_hidden_layers 3" in card.text
     assert cells(card, "49,392") == ["49,392", "interpolate", "3.2000"]
-    assert "| `small` | `large` | yes | 4.5000 | 3.2500 | 77 | 5 |" in card.text
+    assert "| `small` | `large` | – | 4.5000 | 3.2500 | 77 | 5 |" in card.text
     assert cells(card, "torch") == ["torch", "2.13.0"]
     assert [yaml.safe_load(text) for text in code(card, "yaml")] == [manifest.recipe]
     assert (
