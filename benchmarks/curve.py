@@ -127,7 +127,8 @@ def report(results: dict[str, Any]) -> str:
         f"Held-out loss, nats a token, on 20,000 test tokens; N = {results['tokens']:,} training tokens; "
         f"seeds: {counts}. "
         "Standard deviations stand where there are several. An anchor and its control point cost 2 N together, for "
-        "all sizes between; direct distillation costs its part of N for each size."
+        "all sizes between; direct distillation costs its part of N for each size.",
+        *([] if "note" not in results else ["", results["note"]]),
     ]
     for pair, seeds in results["pairs"].items():
         names = list(dict.fromkeys(name for arms in seeds.values() for name in arms if not name.startswith("anchor")))
@@ -145,7 +146,41 @@ def report(results: dict[str, Any]) -> str:
         if ends:
             large, alone, both = map(mean, zip(*ends, strict=True))
             lines += ["", f"Anchors: large {large:.3f}; small alone (N) {alone:.3f}, together (2 N) {both:.3f}."]
+        lines += ["", *balance(list(seeds.values()))]
     return "\n".join(["# The curve between two anchors", "", *lines, ""])
+
+
+def balance(seeds: list[dict[str, Any]]) -> list[str]:
+    """Lines that compare the curve with every control, seed by seed: where it is not below, and at equal compute."""
+
+    def apart(arm: str, r: float) -> list[float]:
+        return [s["together"][str(r)] - s[arm][str(r)] for s in seeds if str(r) in s.get(arm, {}) and "together" in s]
+
+    lines = [
+        "| sizes K | a direct distillation of each gets | together less direct, mean over sizes |",
+        "|--:|---|--:|",
+    ]
+    for sizes, arm in ((16, "direct N/8"), (8, "direct N/4"), (4, "direct N/2"), (2, "direct N")):
+        each = [here for r in POSITIONS if (here := apart(arm, r))]
+        if each:
+            by_seed = [mean(values) for values in zip(*each, strict=True)] if len({len(e) for e in each}) == 1 else []
+            spread = f" ±{stdev(by_seed):.3f}" if len(by_seed) > 1 else ""
+            found = f"{mean(map(mean, each)):+.3f}{spread} ({len(each)} of them)"
+            lines.append(f"| {sizes} | {arm.removeprefix('direct ')} | {found} |")
+    above = [
+        f"{arm} at r = {r} ({mean(found):+.3f})"
+        for arm in ("average", "paper", "pruned", "pruned + refit")
+        for r in POSITIONS
+        if (found := apart(arm, r)) and mean(found) >= 0
+    ]
+    told = "; ".join(above) or "none"
+    return [
+        "At equal compute, 2 N for all sizes together:",
+        "",
+        *lines,
+        "",
+        f"Not below, of the controls without training: {told}.",
+    ]
 
 
 def main() -> None:

@@ -337,6 +337,15 @@ def _smollm2(data: Any) -> Iterator[Lost]:
                 yield from below("SmolLM2, controls", domain, ours, {rival: value})
 
 
+def _curve(data: Any) -> Iterator[Lost]:
+    for pair, seeds in data["pairs"].items():
+        for arm, what in (("pruned + refit", ""), ("direct N/4", ", at equal compute over eight sizes")):
+            both = [(arms["together"], arms[arm]) for arms in seeds.values() if arm in arms and "together" in arms]
+            for r in both[0][1] if both else ():
+                ours, rival = mean(ours[r] for ours, _ in both), mean(rival[r] for _, rival in both)
+                yield from below("curve", f"{pair}, r = {r}", ours, {f"{arm}{what}": rival})
+
+
 def _bridge(data: Any) -> Iterator[Lost]:
     for chain, ways in bridge_chains(data).items():
         means = {way: mean(row["bits"] for row in rows) for way, rows in ways.items() if way != "chain"}
@@ -400,6 +409,7 @@ def _losses(data: Any) -> Iterator[Lost]:
 LOST = {
     "quickstart": _quickstart,
     "smollm2": _smollm2,
+    "curve": _curve,
     "bridge": _bridge,
     "rules": _rules,
     "align": _align,

@@ -20,7 +20,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from quality_figures import Figures, plot_quality
 
 PAGES = "smollm2 quality downstream bridge rules speed growth train train_scaling fetch".split()
-NAMES = ("quickstart", *PAGES, "align", "losses")
+OWN_PAGES = ("quickstart", "curve")  # written by their own scripts
+NAMES = (*OWN_PAGES, *PAGES, "align", "losses")
 PLOTS = {"smollm2": f.plot_smollm2, "quality": plot_quality, "growth": f.plot_growth}
 BEGIN, END = "<!-- quickstart:begin -->", "<!-- quickstart:end -->"
 SCALING = ("<!-- scaling:begin -->", "<!-- scaling:end -->")
@@ -96,7 +97,7 @@ def pages(root: Path) -> dict[Path, str]:
     """What every generated page should be."""
     docs = root / "docs"
     figures = {name: data for name in NAMES if (data := read(docs / "results", name))}
-    texts = {name: page(name, data) for name, data in figures.items() if name != "quickstart"}
+    texts = {name: page(name, data) for name, data in figures.items() if name not in OWN_PAGES}
     values = {
         "figures": figures,
         "pages": texts,
