@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -217,17 +218,18 @@ def _show_chain(chain: "Chain", as_json: bool) -> None:
         markup=False,
     )
     varying = [name for name, value in manifest.anchors[0].shape.items() if manifest.anchors[-1].shape[name] != value]
-    columns = [Column(name, overflow="fold") for name in ("shape (what differs)", "trained on", "held-out loss")]
-    table = Table(Column("anchor", no_wrap=True), "parameters", *columns, "perplexity", "aligned")
+    columns = [Column(name.replace("_", " ").removeprefix("num "), justify="right") for name in varying]
+    table = Table(
+        Column("anchor", no_wrap=True), "size", *columns, "tokens", "loss", "aligned", box=box.SIMPLE, pad_edge=False
+    )
     for anchor in manifest.anchors:
         evaluation = anchor.evaluation
         table.add_row(
             anchor.name,
             format_count(anchor.num_parameters),
-            "\n".join(f"{name} {anchor.shape[name]}" for name in varying),
-            f"{format_count(anchor.training.tokens)} tokens" if anchor.training else "-",
+            *(str(anchor.shape[name]) for name in varying),
+            format_count(anchor.training.tokens) if anchor.training else "-",
             f"{evaluation.loss:.4f}" if evaluation else "-",
-            f"{evaluation.perplexity:.2f}" if evaluation else "-",
             "-" if anchor.barrier is None else "yes" if anchor.aligned else "no",
         )
     console.print(table)
@@ -235,12 +237,13 @@ def _show_chain(chain: "Chain", as_json: bool) -> None:
         console.print(f"losses in nats a token, on {manifest.anchors[0].evaluation.num_tokens} held-out tokens")
     if better := manifest.better_than_source:
         console.print(f"warning: {' and '.join(better)} read it better than the source; was it trained on such text?")
-    if manifest.curve:
+    for method in sorted({p.method for p in manifest.curve}):
         points = ", ".join(
             f"{format_count(p.num_parameters)} {p.loss:.3f}"
             for p in sorted(manifest.curve, key=lambda p: p.num_parameters)
+            if p.method == method
         )
-        console.print(f"measured in between (nats a token): {points}", markup=False)
+        console.print(f"in between, {method}: {points}", markup=False)
 
 
 @app.command()

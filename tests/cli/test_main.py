@@ -135,6 +135,7 @@ def test_inspect(run: Run) -> None:
     for anchor in chain.manifest.anchors:
         assert anchor.name in table.out
         assert anchor.evaluation is not None and f"{anchor.evaluation.loss:.4f}" in table.out
+    assert max(map(len, table.out.splitlines())) <= 80
 
 
 def test_plan(run: Run) -> None:
