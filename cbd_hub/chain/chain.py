@@ -384,6 +384,6 @@ def from_chain(
     model = opened.initialize(plan, refine, dtype=dtype)
     if not loading:
         return model
-    from cbd_hub.chain.export import load_again
+    from cbd_hub.hub.load import load_again
 
     return load_again(model, **loading)

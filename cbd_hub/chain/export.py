@@ -1,15 +1,12 @@
 """Writing a made model as a ready folder: weights, config, generation config, tokenizer and card."""
 
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
-from cbd_hub.errors import did_you_mean
 from cbd_hub.files import clear_full_disk, copy_files, whole_folder
 from cbd_hub.hub import cards
 from cbd_hub.interpolation.plan import Plan
@@ -17,7 +14,7 @@ from cbd_hub.interpolation.plan import Plan
 if TYPE_CHECKING:
     from cbd_hub.chain.chain import Chain
 
-__all__ = ["load_again", "write_model"]
+__all__ = ["write_model"]
 
 
 def write_model(
@@ -60,35 +57,6 @@ def write_model(
             refine=origin.get("refine"),
         )
         card.save(temporary / "README.md")
-
-
-_LOADING = frozenset(
-    "device_map max_memory offload_folder offload_buffers attn_implementation quantization_config tp_plan "
-    "low_cpu_mem_usage experts_implementation use_kernels kernel_config".split()
-)
-
-
-def load_again(model: PreTrainedModel, **loading: Any) -> PreTrainedModel:
-    """Returns a model as ``from_pretrained`` loads it with further arguments; it goes through a temporary folder.
-
-    Args:
-        model: Of any family, on the CPU.
-        **loading: ``device_map``, ``attn_implementation``, ``quantization_config`` and the like.
-
-    Cost: writing and reading the model once.
-
-    Raises:
-        TypeError: An argument that is none of these.
-    """
-    for name in loading:
-        if name not in _LOADING:
-            hint = did_you_mean(name, _LOADING)
-            raise TypeError(f"from_chain() got an unexpected keyword argument {name!r}.{hint}")
-    with tempfile.TemporaryDirectory(prefix="cbd-hub-") as folder:
-        model.save_pretrained(folder)
-        loaded: PreTrainedModel = type(model).from_pretrained(folder, dtype=model.dtype, **loading)
-    loaded.config._name_or_path = loaded.name_or_path = str(model.name_or_path or "")
-    return loaded
 
 
 _NO_LENGTH = 10**9

@@ -4,6 +4,7 @@ transformers fills in what a checkpoint lacks with random weights and drops what
 warning. A source or a ready-made anchor that is loaded so would be another model without a word.
 """
 
+import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
@@ -15,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cbd_hub.axes.architectures import axis_map_for
-from cbd_hub.errors import IntegrityError, RecipeError
+from cbd_hub.errors import IntegrityError, RecipeError, did_you_mean
 from cbd_hub.hub.read import Location
 from cbd_hub.hub.untrusted import mend_generation_config
 from cbd_hub.interpolation.checkpoints import Checkpoint, find_files
 
-__all__ = ["check_headers", "load_config", "load_model"]
+__all__ = ["check_headers", "load_again", "load_config", "load_model"]
 
 _LFS = b"version https://git-lfs"
 _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -147,6 +148,38 @@ def load_model(location: Location, dtype: torch.dtype | str = torch.float32) -> 
         if not (low.isfinite() and high.isfinite()):
             raise RecipeError(f"{name} of {place!r} holds values that are not finite (NaN or inf): it diverged")
     return model
+
+
+_LOADING = frozenset(
+    "device_map max_memory offload_folder offload_buffers attn_implementation quantization_config tp_plan "
+    "low_cpu_mem_usage experts_implementation use_kernels kernel_config".split()
+)
+
+
+def load_again(model: PreTrainedModel, **loading: Any) -> PreTrainedModel:
+    """Returns a model as ``from_pretrained`` loads it with further arguments; it goes through a temporary folder.
+
+    Args:
+        model: Of any family, on the CPU.
+        **loading: ``device_map``, ``attn_implementation``, ``quantization_config`` and the like.
+
+    Cost: writing and reading the model once.
+
+    Raises:
+        TypeError: An argument that is none of these.
+    """
+    for name in loading:
+        if name not in _LOADING:
+            hint = did_you_mean(name, _LOADING)
+            raise TypeError(f"from_chain() got an unexpected keyword argument {name!r}.{hint}")
+    with tempfile.TemporaryDirectory(prefix="cbd-hub-") as folder:
+        model.save_pretrained(folder)
+        kind: Any = type(model)
+        loaded, report = kind.from_pretrained(folder, dtype=model.dtype, output_loading_info=True, **loading)
+    _check_report("the made model", loaded, report)
+    loaded.config._name_or_path = loaded.name_or_path = str(model.name_or_path or "")
+    again: PreTrainedModel = loaded
+    return again
 
 
 def _refuse_pointers(paths: Iterable[Path]) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -479,7 +480,9 @@ def test_sizes_that_do_not_fall(run: Run, tmp_path: Path, sizes: list[str]) -> N
 def test_a_build_that_is_interrupted_says_that_it_goes_on(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe()))
     command = [str(COMMAND), "build", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "chain")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # Where these tests run in the background, their children would ignore Ctrl-C.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         deadline = time.monotonic() + 100
         while not (tmp_path / "chain" / ".build" / "begun.json").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
