@@ -50,9 +50,9 @@ class Pair:
 
     def combine(self, target: Sizes, method: str = "interpolate", alpha: float = 0.0) -> PreTrainedModel:
         """A model of any sizes between the two, by one of the library's rules, as from_chain makes it."""
-        own_weight = 1 - alpha**2 if method == "interpolate" else 1.0
+        large_only_weight = 1 - alpha**2 if method == "interpolate" else 1.0
         units = self.units
-        operations = list_operations(units, target, method, alpha, own_weight)
+        operations = list_operations(units, target, method, alpha, large_only_weight)
         return blend_models(operations, units, target, self.large, self.small)
 
 
@@ -68,8 +68,8 @@ def refitted(model: PreTrainedModel, large: PreTrainedModel, index_map: IndexMap
     """The model, its output projections fitted to those of the model it was cut from."""
     axis_map = axis_map_for(large.config)
     sizes, whole = axis_map.sizes(model.config), axis_map.sizes(large.config)
-    kept = kept_hidden(index_map, sizes["hidden"], whole["hidden"])
-    refit(model, large, axis_map, index_map.layers_of(sizes["layers"]), kept, blocks, progress=False)
+    kept_units = kept_hidden(index_map, sizes["hidden"], whole["hidden"])
+    refit(model, large, axis_map, index_map.layers_of(sizes["layers"]), kept_units, blocks, progress=False)
     return model
 
 

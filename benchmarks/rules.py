@@ -22,7 +22,9 @@ POSITIONS = [k / 8 for k in range(1, 8)]
 
 def weighted(plan: Plan, weight: float) -> Plan:
     """The plan with another weight for what units that only the large anchor has write."""
-    operations = (replace(op, own_weight=weight if op.own_weight != 1 else 1.0) for op in plan.operations)
+    operations = (
+        replace(op, large_only_weight=weight if op.large_only_weight != 1 else 1.0) for op in plan.operations
+    )
     return replace(plan, operations=tuple(operations))
 
 

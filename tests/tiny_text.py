@@ -6,11 +6,26 @@ from datasets import Dataset, IterableDataset
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from cbd_hub.text.generators import Generator
 from cbd_hub.text.packing import train_tokenizer
+from cbd_hub.text.settings import Sampling
 
-__all__ = ["make_documents", "make_files", "make_text", "texts", "tokenizer_with_beginning"]
+__all__ = [
+    "GREEDY",
+    "PROMPTS",
+    "SAMPLED",
+    "make_documents",
+    "make_files",
+    "make_text",
+    "texts",
+    "tokenizer_with_beginning",
+    "written",
+]
 
 PARAGRAPH = "The {0} sat on the mat, and the {0} saw {1} birds over the river.\n\n"
+PROMPTS = ["The cat", "", "over the river and", "birds", "mat, and the cat5 saw", "é", "sat"]
+GREEDY = Sampling(max_new_tokens=12, temperature=0)
+SAMPLED = Sampling(max_new_tokens=12)
 
 
 def make_text(number: int, paragraphs: int = 6) -> str:
@@ -23,6 +38,10 @@ def make_documents(count: int = 40, paragraphs: int = 6) -> Dataset:
 
 def texts(documents: Dataset | IterableDataset) -> list[str]:
     return [row["text"] for row in documents]
+
+
+def written(generator: Generator, sampling: Sampling, prompts: list[str] = PROMPTS, first: int = 0) -> list[str]:
+    return [text.text for text in generator.generate(prompts, sampling, first)]
 
 
 def make_files(folder: Path, **contents: str) -> Path:

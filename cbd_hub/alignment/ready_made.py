@@ -98,10 +98,10 @@ def check_layers(small: PreTrainedConfig, large: PreTrainedConfig, index_map: In
     Raises:
         RecipeError: A layer of the checkpoint would be averaged with one of another kind.
     """
-    kept = index_map.layers[: small.get_text_config().num_hidden_layers]
+    kept_layers = index_map.layers[: small.get_text_config().num_hidden_layers]
     for field in axis_map_for(small).layer_lists:
         own, other = getattr(small, field, None) or [], getattr(large, field, None) or []
-        for layer, partner in enumerate(kept) if own and other else ():
+        for layer, partner in enumerate(kept_layers) if own and other else ():
             if own[layer] != other[partner]:
                 raise RecipeError(
                     f"layer {layer} of {name!r} would be averaged with layer {partner} of its neighbor, and their "
@@ -160,11 +160,11 @@ def load_ready_made(
 def positional_map(axis_map: AxisMap, large: Sizes, small: Sizes) -> IndexMap:
     """Pairs units in the order that they have and layers evenly spread, first with first and last with last."""
     count, kept_count = large["layers"], small["layers"]
-    kept = np.unique(np.round(np.linspace(0, count - 1, kept_count)).astype(np.int64))
-    rest = np.setdiff1d(np.arange(count), kept)
+    kept_layers = np.unique(np.round(np.linspace(0, count - 1, kept_count)).astype(np.int64))
+    rest = np.setdiff1d(np.arange(count), kept_layers)
     orders = {}
     for axis in large:
         if small[axis] != large[axis] and axis != "layers" and (axis == "hidden" or axis_map.consumers(axis)):
             plain = np.arange(large[axis], dtype=np.int32)
             orders[axis] = plain if axis == "hidden" else np.tile(plain, (count, 1))
-    return IndexMap(np.concatenate([kept, rest]), orders)
+    return IndexMap(np.concatenate([kept_layers, rest]), orders)

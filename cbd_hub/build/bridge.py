@@ -123,7 +123,7 @@ class BridgeInputs:
         return compare_vocabularies(self.tokenizer, self.source_tokenizer, self.sample)
 
 
-def choose(config: BridgeConfig, on: BridgeInputs) -> tuple[list[Way], str, VocabularyReport | None]:
+def choose(config: BridgeConfig, inputs: BridgeInputs) -> tuple[list[Way], str, VocabularyReport | None]:
     """Decides which ways are taken, and says why.
 
     Returns:
@@ -133,7 +133,7 @@ def choose(config: BridgeConfig, on: BridgeInputs) -> tuple[list[Way], str, Voca
         RecipeError: A way was asked for that these two models do not allow.
     """
     requested = None if config.use == "auto" else list(config.use)
-    if on.source is None:
+    if inputs.source is None:
         if requested not in (None, ["seqkd"], []):
             raise RecipeError(
                 f"the source is behind a server, which gives only text; bridge.use is {requested} and can be [seqkd]"
@@ -144,9 +144,9 @@ def choose(config: BridgeConfig, on: BridgeInputs) -> tuple[list[Way], str, Voca
             None,
         )
     try:
-        pairs, report = on.pairs, on.compare()
+        pairs, report = inputs.pairs, inputs.compare()
     except RecipeError as error:
-        if on.source_tokenizer is None or (requested and set(requested) & {"logits", "transplant"}):
+        if inputs.source_tokenizer is None or (requested and set(requested) & {"logits", "transplant"}):
             raise
         return ["seqkd"] if requested is None else requested, f"the vocabularies cannot be compared ({error})", None
     if requested is not None:
@@ -162,19 +162,19 @@ def choose(config: BridgeConfig, on: BridgeInputs) -> tuple[list[Way], str, Voca
 
 def build_anchor_zero(
     config: BridgeConfig,
-    on: BridgeInputs,
+    inputs: BridgeInputs,
     work_dir: Path,
     *,
-    say: Callable[[str], object] = str,
+    log: Callable[[str], object] = str,
     progress: bool = True,
 ) -> tuple[PreTrainedModel, Training, Bridge]:
     """Makes anchor zero.
 
     Args:
         config: How.
-        on: Source, tokenizers and text.
+        inputs: Source, tokenizers and text.
         work_dir: Folder for what training writes.
-        say: Called with a sentence or a table: what was chosen, and how the vocabularies compare.
+        log: Called with a sentence or a table: what was chosen, and how the vocabularies compare.
         progress: Show progress bars.
 
     Returns:
@@ -187,40 +187,42 @@ def build_anchor_zero(
         RecipeError: The models do not allow the requested ways, the config is none of the architecture's, the source
             cannot generate, or a server gave no text.
     """
-    ways, why, report = choose(config, on)
-    say(f"bridge from {on.source_name}: {' + '.join(ways) or 'nothing but the corpus'}, because {why}")
+    ways, why, report = choose(config, inputs)
+    log(f"bridge from {inputs.source_name}: {' + '.join(ways) or 'nothing but the corpus'}, because {why}")
     if report is not None:
-        say(str(report))
-    target_config = anchor_zero_config(config, None if on.source is None else on.source.config, on.tokenizer)
-    model, copied, fresh_blocks = _start(config, on, target_config, "transplant" in ways, progress)
-    say(f"anchor zero starts with {', '.join(copied) or 'random weights'}")
+        log(str(report))
+    target_config = anchor_zero_config(
+        config, None if inputs.source is None else inputs.source.config, inputs.tokenizer
+    )
+    model, copied, fresh_blocks = _start(config, inputs, target_config, "transplant" in ways, progress)
+    log(f"anchor zero starts with {', '.join(copied) or 'random weights'}")
     if fresh_blocks is not None:
-        say(f"its blocks are fresh: {fresh_blocks}")
-    train, generated = on.train, 0
+        log(f"its blocks are fresh: {fresh_blocks}")
+    train, generated = inputs.train, 0
     if "seqkd" in ways:
-        train, generated = _generated_blocks(config, on, progress)
+        train, generated = _generated_blocks(config, inputs, progress)
     across, teacher = None, None
-    if "logits" in ways and on.source is not None and on.source_tokenizer is not None:
-        teacher = on.source
-        rows = on.source.config.get_text_config().vocab_size
-        if not (on.pairs.identical and rows == target_config.get_text_config().vocab_size):
-            across = Across(TokenAligner(on.tokenizer, on.source_tokenizer), on.pairs, config.uld)
+    if "logits" in ways and inputs.source is not None and inputs.source_tokenizer is not None:
+        teacher = inputs.source
+        rows = inputs.source.config.get_text_config().vocab_size
+        if not (inputs.pairs.identical and rows == target_config.get_text_config().vocab_size):
+            across = Across(TokenAligner(inputs.tokenizer, inputs.source_tokenizer), inputs.pairs, config.uld)
     training = distill(
         model,
         teacher,
         train,
-        on.validation if on.validation is not None else train,
+        inputs.validation if inputs.validation is not None else train,
         config.training,
         across=across,
         work_dir=work_dir,
         progress=progress,
     )
     if across is not None and (counts := {k: n for k, n in across.aligner.counts.items() if n}):
-        say("of the text: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
+        log("of the text: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
     record = Bridge(
-        source=on.source_name,
-        source_revision=on.source_revision,
-        source_architecture=None if on.source is None else on.source.config.model_type,
+        source=inputs.source_name,
+        source_revision=inputs.source_revision,
+        source_architecture=None if inputs.source is None else inputs.source.config.model_type,
         use=ways,
         why=why,
         carried=copied,
@@ -256,29 +258,29 @@ def anchor_zero_config(config: BridgeConfig, own: PreTrainedConfig | None, token
 
 
 def _start(
-    config: BridgeConfig, on: BridgeInputs, target_config: PreTrainedConfig, transplant: bool, progress: bool
+    config: BridgeConfig, inputs: BridgeInputs, target_config: PreTrainedConfig, transplant: bool, progress: bool
 ) -> tuple[PreTrainedModel, list[str], str | None]:
     """Anchor zero before training, which parts of the source it has, and why its blocks are not among them."""
     fresh = fresh_model(target_config, config.training.seed)
-    if not transplant or on.source is None or on.source_tokenizer is None:
+    if not transplant or inputs.source is None or inputs.source_tokenizer is None:
         return fresh, [], None
     transplanted, _ = transplant_vocabulary(
-        on.source,
-        on.source_tokenizer,
-        on.tokenizer,
+        inputs.source,
+        inputs.source_tokenizer,
+        inputs.tokenizer,
         rows=target_config.get_text_config().vocab_size,
         method=config.embeddings,
     )
     try:
-        with_blocks = _blocks_under(transplanted, target_config, on.calibration)
+        with_blocks = _blocks_under(transplanted, target_config, inputs.calibration)
     except (AxisMapError, RecipeError) as error:
-        if on.calibration is None:
+        if inputs.calibration is None:
             raise RecipeError(
                 "transplant needs calibration_tokens above 0, to know which tokens are frequent"
             ) from error
-        embeddings_into(fresh, transplanted, on.calibration)
+        embeddings_into(fresh, transplanted, inputs.calibration)
         return fresh, ["embeddings"], str(error)
-    return _cut_to(with_blocks, target_config, on.calibration, progress), ["embeddings", "blocks"], None
+    return _cut_to(with_blocks, target_config, inputs.calibration, progress), ["embeddings", "blocks"], None
 
 
 def _blocks_under(source: PreTrainedModel, wanted: PreTrainedConfig, blocks: Tensor | None) -> PreTrainedModel:
@@ -325,23 +327,25 @@ def _cut_to(
     index_map = rank(model, axis_map, large, small, blocks, rotated, progress)
     student = cut(model, axis_map, large, small, index_map)
     if can_refit(axis_map):
-        kept = kept_hidden(index_map, small["hidden"], large["hidden"])
-        refit(student, model, axis_map, index_map.layers_of(small["layers"]), kept, blocks, progress=progress)
+        kept_units = kept_hidden(index_map, small["hidden"], large["hidden"])
+        refit(student, model, axis_map, index_map.layers_of(small["layers"]), kept_units, blocks, progress=progress)
     return student
 
 
-def _generated_blocks(config: BridgeConfig, on: BridgeInputs, progress: bool) -> tuple[Documents, int]:
+def _generated_blocks(config: BridgeConfig, inputs: BridgeInputs, progress: bool) -> tuple[Documents, int]:
     """Packed blocks of what the source writes, and of how many texts."""
-    generator = make_generator(config.generation, on.source, on.source_tokenizer)
-    prompts = read_prompts(config.generation, on.documents(), on.source_tokenizer or on.tokenizer, on.base)
-    cache = on.base / config.cache if config.cache else Path(datasets.config.HF_DATASETS_CACHE).parent / "cbd_hub"
+    generator = make_generator(config.generation, inputs.source, inputs.source_tokenizer)
+    prompts = read_prompts(
+        config.generation, inputs.documents(), inputs.source_tokenizer or inputs.tokenizer, inputs.base
+    )
+    cache = inputs.base / config.cache if config.cache else Path(datasets.config.HF_DATASETS_CACHE).parent / "cbd_hub"
     texts = synthesize(generator, prompts, config.generation, cache, progress=progress)
-    blocks = pack_as(on.data, texts.select_columns(["text"]), on.tokenizer)
+    blocks = pack_as(inputs.data, texts.select_columns(["text"]), inputs.tokenizer)
     if config.generated_share == 1:
         return blocks, len(texts)
     share, seed = config.generated_share, config.training.seed
-    needed = math.ceil(config.training.tokens / on.data.sequence_length)
-    corpus = on.train if not isinstance(on.train, datasets.IterableDataset) else None
+    needed = math.ceil(config.training.tokens / inputs.data.sequence_length)
+    corpus = inputs.train if not isinstance(inputs.train, datasets.IterableDataset) else None
     if corpus is None:
-        corpus = datasets.Dataset.from_list(list(islice(on.train, needed)))
+        corpus = datasets.Dataset.from_list(list(islice(inputs.train, needed)))
     return mix([blocks, corpus], [share, 1 - share], seed), len(texts)

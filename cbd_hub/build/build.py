@@ -106,7 +106,7 @@ class _Build:
             stage_line(text, self.progress and PartialState().is_main_process)
 
         model, training, record = build_anchor_zero(
-            bridge, inputs, self.state / "work", say=say, progress=self.progress
+            bridge, inputs, self.state / "work", log=say, progress=self.progress
         )
         if PartialState().is_main_process:
             _write_json(self.state / BRIDGE_RECORD, record.model_dump(mode="json"))

@@ -66,8 +66,8 @@ def refit_if_better(
     before = evaluate_loss(student, validation).loss
     weights: dict[str, Any] = {name: p.detach().clone() for name, p in student.named_parameters()}
     small, large = axis_map.sizes(student.config), axis_map.sizes(teacher.config)
-    kept = kept_hidden(index_map, small["hidden"], large["hidden"])
-    refit(student, teacher, axis_map, index_map.layers_of(small["layers"]), kept, blocks, progress=progress)
+    kept_units = kept_hidden(index_map, small["hidden"], large["hidden"])
+    refit(student, teacher, axis_map, index_map.layers_of(small["layers"]), kept_units, blocks, progress=progress)
     if not evaluate_loss(student, validation).loss < before:
         student.load_state_dict(weights, strict=False)
     return before

@@ -61,9 +61,13 @@ def list_candidates(plan: Plan, manifest: Manifest) -> Generator[list[Candidate]
     if plan.method in ("interpolate", "bezier"):
         alpha = plan.alpha
         alphas = [a for a in (alpha - _ALPHA_STEP, alpha + _ALPHA_STEP) if 0 < a < 1]
-        full = _again(plan, manifest, alpha, own_weight=1.0)
+        full = _again(plan, manifest, alpha, large_only_weight=1.0)
         best = yield [
-            *([Candidate(f"{plan.method}, large-only units at full weight", full)] if plan.own_weight < 1 else []),
+            *(
+                [Candidate(f"{plan.method}, large-only units at full weight", full)]
+                if plan.large_only_weight < 1
+                else []
+            ),
             *(Candidate(f"{plan.method}, alpha {a:.2f}", _again(plan, manifest, a)) for a in alphas),
             *([Candidate("interpolate", _again(plan, manifest, method="interpolate"))] if plan.needed_control else []),
         ]
@@ -178,18 +182,17 @@ def _again(
     plan: Plan,
     manifest: Manifest,
     alpha: float | None = None,
-    own_weight: float | None = None,
+    large_only_weight: float | None = None,
     method: str | None = None,
     index_map: IndexMap | None = None,
 ) -> Plan:
     """The same target, made otherwise."""
     weight, chosen_method = plan.alpha if alpha is None else alpha, method or plan.method
     pair = plan.pair if index_map is None else replace(plan.pair, index_map=index_map)
-    large_only_weight = own_weight
     if large_only_weight is None:
         # The weight is 1 where the small anchor was only cut out.
-        rule = chosen_method in ("interpolate", "bezier") and plan.own_weight < 1
-        large_only_weight = plan.own_weight if alpha is None else 1 - weight**2 if rule else 1.0
+        rule = chosen_method in ("interpolate", "bezier") and plan.large_only_weight < 1
+        large_only_weight = plan.large_only_weight if alpha is None else 1 - weight**2 if rule else 1.0
     operations = list_operations(pair, plan.sizes, chosen_method, weight, large_only_weight)
     entries = {a.name: a for a in manifest.anchors}
     both = entries[plan.large], entries[plan.small], pair, plan.sizes, operations
@@ -197,7 +200,7 @@ def _again(
         plan,
         alpha=weight,
         method=chosen_method,
-        own_weight=large_only_weight,
+        large_only_weight=large_only_weight,
         operations=operations,
         pair=pair,
         needed=needed_by(*both),

@@ -67,24 +67,24 @@ def build(
     """
     if (recipe is None) == (source is None):
         raise typer.BadParameter("give a recipe, or --source with --anchors and --text or --dataset")
-    told: Path | dict[str, Any] | None = recipe
+    chosen_recipe: Path | dict[str, Any] | None = recipe
     if source is not None:
         if bool(text) == (dataset is not None):
             raise typer.BadParameter("give exactly one of --text and --dataset")
-        told = short_recipe(source, anchors or [], text or [], dataset, tokens, name)
-        stage_line(yaml.safe_dump(told, sort_keys=False), not as_json)
+        chosen_recipe = short_recipe(source, anchors or [], text or [], dataset, tokens, name)
+        stage_line(yaml.safe_dump(chosen_recipe, sort_keys=False), not as_json)
     from cbd_hub.build.build import build_chain
     from cbd_hub.build.check import check_recipe
 
     if dry_run or source is not None:
-        plan = check_recipe(told, output)
+        plan = check_recipe(chosen_recipe, output)
         if dry_run:
             _show_check(plan, as_json)
             return
         stage_line(str(plan), not as_json)
-    if isinstance(told, dict):
-        told = _write_recipe(output, told)
-    chain = build_chain(told, output, resume=not no_resume, progress=not as_json)  # type: ignore[arg-type]
+    if isinstance(chosen_recipe, dict):
+        chosen_recipe = _write_recipe(output, chosen_recipe)
+    chain = build_chain(chosen_recipe, output, resume=not no_resume, progress=not as_json)  # type: ignore[arg-type]
     _show_chain(chain, as_json)
 
 

@@ -78,12 +78,12 @@ def make_tensor(
     base, factors, placed = read_large(op.large_name), [(op.large_scale, offset)], pair.small
     out = torch.empty(op.shape, dtype=dtype, device=base.device)
     if addition is None:  # the paper's rule takes a block without a partner for one whose partner is zero
-        factors.append((op.own_weight, offset) if op.masked else (1 - op.alpha, 0.0))
+        factors.append((op.large_only_weight, offset) if op.masked else (1 - op.alpha, 0.0))
     elif not op.masked:
         addition, placed = expand(addition, layout, placed, target), target
     bend = None if read_control is None else bend_of(op, pair, target, read_control)
     return combine(
-        out, base, layout, pair.large, taken, target, factors, addition, placed, op.alpha, op.own_weight, bend
+        out, base, layout, pair.large, taken, target, factors, addition, placed, op.alpha, op.large_only_weight, bend
     )
 
 

@@ -38,7 +38,7 @@ class TensorOp:
     """Weight of the small anchor where both contribute."""
     masked: bool = True
     """Whether units that only the large anchor has keep full weight (False: the paper's zero filling)."""
-    own_weight: float = 1.0
+    large_only_weight: float = 1.0
     """The large-only weight: with it, units that only the large anchor has write into the residual stream."""
     large_scale: float = 1.0
     small_scale: float = 1.0
@@ -51,7 +51,7 @@ class TensorOp:
     def kind(self) -> str:
         """What is done, in a word or two."""
         if self.large_name and not self.small_name:
-            weight = self.own_weight if self.masked else 1 - self.alpha
+            weight = self.large_only_weight if self.masked else 1 - self.alpha
             bent = f" + {self.bend:.3g} control point" if self.bend else ""
             return ("large" if weight == 1 else f"{weight:.3g} large") + bent
         if self.large_name and self.small_name:
@@ -61,7 +61,7 @@ class TensorOp:
 
 
 def list_operations(
-    pair: Pair, target: Sizes, method: str, alpha: float, own_weight: float = 1.0
+    pair: Pair, target: Sizes, method: str, alpha: float, large_only_weight: float = 1.0
 ) -> tuple[TensorOp, ...]:
     """Returns one operation a tensor. Which blocks correspond follows from the pair's order of layers.
 
@@ -70,7 +70,7 @@ def list_operations(
         target: Sizes of the target.
         method: ``interpolate``, ``bezier``, ``paper``, ``expand`` or ``prune``.
         alpha: Weight of the small anchor.
-        own_weight: The large-only weight: with it, units that only the large anchor has write into the residual
+        large_only_weight: The large-only weight: with it, units that only the large anchor has write into the residual
             stream. With 1 - alpha**2, alpha = 1 is the small anchor expanded exactly, and alpha = 0 the large one
             alone.
     """
@@ -105,7 +105,7 @@ def list_operations(
                 layer=large_layer,
                 alpha=weight,
                 masked=not plain,
-                own_weight=_own_weight(axis_map, pattern, has_partner, own_weight),
+                large_only_weight=_large_only_weight(axis_map, pattern, has_partner, large_only_weight),
                 large_scale=1.0 if plain else _large_scale(axis_map, pattern, large_layer, large, target, index_map),
                 small_scale=1.0 if plain else _small_scale(axis_map, pattern, small, target),
                 mean_axis="hidden" if method == "expand" and _mean_filled(axis_map, pattern) else None,
@@ -115,7 +115,7 @@ def list_operations(
     return tuple(operations)
 
 
-def _own_weight(axis_map: AxisMap, pattern: str, has_partner: bool, own_weight: float) -> float:
+def _large_only_weight(axis_map: AxisMap, pattern: str, has_partner: bool, large_only_weight: float) -> float:
     """The large-only weight, for what writes the stream; 1 for everything else.
 
     Where a norm follows a block's output (OLMo 2, Gemma 3), it undoes any factor on the whole block, so its gain takes
@@ -123,7 +123,7 @@ def _own_weight(axis_map: AxisMap, pattern: str, has_partner: bool, own_weight: 
     """
     after = pattern in axis_map.norms and "hidden" in axis_map.layout(pattern).axes and not axis_map.norms[pattern]
     if "*" in pattern and (axis_map.writes(pattern) or (after and not has_partner)):
-        return own_weight
+        return large_only_weight
     return 1.0
 
 

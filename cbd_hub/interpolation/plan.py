@@ -79,7 +79,7 @@ class Plan:
     """Anchor → parameter → byte runs of it that the operations read (:mod:`cbd_hub.interpolation.ranges`)."""
     needed_control: Mapping[str, list[Run]] = field(default_factory=dict, repr=False)
     """Tensor of the pair's control point → byte runs of it that the operations read; empty on the straight line."""
-    own_weight: float = 1.0
+    large_only_weight: float = 1.0
     """The large-only weight: with it, units that only the large anchor has write into the residual stream."""
 
     def disk_size(self, quant: str = "bf16") -> int:
@@ -218,7 +218,7 @@ def make_plan(
     weight = {"expand": 1.0, "prune": 0.0}.get(chosen, weight)
     if own is not None and (small is large or weight == (1.0 if own is small else 0.0)):
         small = large = own
-        chosen, weight, own_weight = "anchor", 1.0, 1.0
+        chosen, weight, large_only_weight = "anchor", 1.0, 1.0
         pair = Pair.same(axis_map, sizes)
         operations = tuple(
             TensorOp(n, p, axis_map.layout(p).shape(sizes), n, None) for n, p, _ in axis_map.names(sizes)
@@ -227,8 +227,8 @@ def make_plan(
         pair = Pair(axis_map, manifest.sizes(small), manifest.sizes(large), index_maps[small.name])
         # A trained anchor makes up for the units it lacks; at full weight their work would be done twice.
         made_up_for = chosen in ("interpolate", "bezier") and (small.training is None or small.training.tokens > 0)
-        own_weight = 1 - weight**2 if made_up_for else 1.0
-        operations = list_operations(pair, sizes, chosen, weight, own_weight)
+        large_only_weight = 1 - weight**2 if made_up_for else 1.0
+        operations = list_operations(pair, sizes, chosen, weight, large_only_weight)
     expected = _expected_loss(manifest, count, chosen)
     if expected is not None and chosen != "anchor":
         nearest = min(_measured(manifest, chosen), key=lambda n: abs(n - count))
@@ -256,7 +256,7 @@ def make_plan(
         pair=pair,
         needed=needed,
         needed_control=control,
-        own_weight=own_weight,
+        large_only_weight=large_only_weight,
     )
 
 

@@ -117,13 +117,13 @@ def _within(rows: Rows, count: int, start: int, stop: int) -> tuple[slice, Rows]
 
 
 def _weights(
-    layout: Layout, region: Sequence[Rows], target: Sizes, own_weight: float, dtype: torch.dtype
+    layout: Layout, region: Sequence[Rows], target: Sizes, large_only_weight: float, dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """Factors of rows (n, 1) or columns (m,) that belong to units: ``own_weight`` where only the large anchor's."""
+    """Factors of rows (n, 1) or columns (m,) of units: ``large_only_weight`` where only the large anchor has them."""
     weights = []
     for dim, (parts, size) in enumerate(zip(layout.dims, layout.shape(target), strict=True)):
         if parts != (("hidden",),):
-            factors = torch.full((size, 1) if dim == 0 else (size,), own_weight, dtype=dtype)
+            factors = torch.full((size, 1) if dim == 0 else (size,), large_only_weight, dtype=dtype)
             factors[region[dim]] = 1.0
             weights.append(factors)
     return [factors for factors in weights if (factors != 1.0).any()]
@@ -140,7 +140,7 @@ def combine(
     small: torch.Tensor | None = None,
     small_sizes: Sizes | None = None,
     alpha: float = 0.0,
-    own_weight: float = 1.0,
+    large_only_weight: float = 1.0,
     bend: Bend | None = None,
 ) -> torch.Tensor:
     """Fills a target tensor: the large anchor's units, averaged with the small anchor's where both have one.
@@ -158,8 +158,8 @@ def combine(
         small: The small anchor's tensor, (layout.shape(small_sizes)); None leaves ``large`` alone.
         small_sizes: Sizes of the small anchor.
         alpha: Weight of the small anchor, 0..1.
-        own_weight: Factor for what the units that only the large anchor has write into the residual stream; of a
-            matrix between units and the stream alone.
+        large_only_weight: Factor for what the units that only the large anchor has write into the residual stream;
+            of a matrix between units and the stream alone.
         bend: What a control point adds at the end (:mod:`cbd_hub.interpolation.control_points`); 2 k operations a
             number for a matrix of rank k.
 
@@ -169,7 +169,11 @@ def combine(
     rows = _on(large.device, _rows(layout, large_sizes, taken))
     region = [] if small is None or small_sizes is None else _on(large.device, _region(layout, small_sizes, target))
     wide = _wide(large[:0]).dtype
-    weights = _weights(layout, region, target, own_weight, wide) if own_weight != 1.0 and len(region) == 2 else []
+    weights = (
+        _weights(layout, region, target, large_only_weight, wide)
+        if large_only_weight != 1.0 and len(region) == 2
+        else []
+    )
     weights = [weight.to(out.device) for weight in weights]
     factors = [(factor, offset) for factor, offset in factors if factor != 1.0]
     same = not factors and large.dtype == out.dtype and (small is None or small.dtype == out.dtype)

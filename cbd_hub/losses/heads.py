@@ -53,8 +53,8 @@ def run_model(
 
 def kept_hidden(index_map: IndexMap, small_hidden: int, large_hidden: int) -> Tensor | None:
     """Returns the teacher's hidden coordinates that the student kept, (small_hidden,) int64; None for all in order."""
-    kept = torch.from_numpy(index_map.order("hidden", None, large_hidden)[:small_hidden].copy())
-    return None if torch.equal(kept, torch.arange(large_hidden)) else kept
+    kept_units = torch.from_numpy(index_map.order("hidden", None, large_hidden)[:small_hidden].copy())
+    return None if torch.equal(kept_units, torch.arange(large_hidden)) else kept_units
 
 
 # Config fields by which families alter logits behind the head (Gemma 2, Cohere, Granite, Falcon-H1 and others).

@@ -12,19 +12,19 @@ from cbd_hub.losses.chunked import wide_dtype
 __all__ = ["ends_of_blocks", "hidden_state_loss"]
 
 
-def ends_of_blocks(kept: Sequence[int], count: int) -> list[int]:
+def ends_of_blocks(kept_layers: Sequence[int], count: int) -> list[int]:
     """Returns, for every kept layer, the last layer of the block that it stands for.
 
     The kept layers k_0 < k_1 < ... cut ``count`` layers into blocks: layer j stands for the layers k_j to k_{j+1} - 1,
     and the last block ends with the teacher.
     """
-    return [following - 1 for following in kept[1:]] + [count - 1]
+    return [following - 1 for following in kept_layers[1:]] + [count - 1]
 
 
 def hidden_state_loss(
     student_states: Sequence[Tensor],
     teacher_states: Sequence[Tensor],
-    kept: Tensor | None = None,
+    kept_units: Tensor | None = None,
     mask: Tensor | None = None,
     *,
     kind: Literal["mse", "cosine"] = "mse",
@@ -39,7 +39,7 @@ def hidden_state_loss(
     Args:
         student_states: L tensors (B, S, Hs).
         teacher_states: L tensors (B, S, Ht), matched one to one.
-        kept: (Hs,) the teacher's hidden coordinates that the student kept, in the student's order; None when
+        kept_units: (Hs,) the teacher's hidden coordinates that the student kept, in the student's order; None when
             Ht = Hs.
         mask: (B, S), false where a token is padding.
         kind: "mse" or "cosine".
@@ -61,11 +61,12 @@ def hidden_state_loss(
     for student, teacher in zip(student_states, teacher_states, strict=True):
         s = student.to(wide_dtype(student.dtype))
         t = teacher.detach().to(s.dtype)
-        t = t if kept is None else t.index_select(-1, kept)
+        t = t if kept_units is None else t.index_select(-1, kept_units)
         if s.shape != t.shape:
             raise RecipeError(
                 f"A student state {tuple(s.shape)} meets a teacher state {tuple(t.shape)}"
-                f"{'' if kept is None else ' (after `kept`)'}; pass the `kept` that made the student."
+                f"{'' if kept_units is None else ' (after `kept_units`)'}; "
+                "pass the `kept_units` that made the student."
             )
         if kind == "mse":
             distance = (s - t).square().sum(-1) / (t.square().sum(-1) + 1e-6)

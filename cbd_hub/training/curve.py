@@ -214,7 +214,7 @@ class Curve:
         """Returns the layer of the large anchor that each layer of a point stands for the block up to."""
         return ends_of_blocks(self.pair.layers(point.sizes["layers"]), self.pair.large["layers"])
 
-    def kept(self, point: Point) -> Tensor | None:
+    def kept_units(self, point: Point) -> Tensor | None:
         """Returns the large anchor's hidden coordinates of a point, in its order; None for all in order."""
         return kept_hidden(self.pair.index_map, point.sizes["hidden"], self.pair.large["hidden"])
 

@@ -52,10 +52,15 @@ def block_ends(index_map: IndexMap, small_layers: int, large_layers: int) -> lis
     Raises:
         RecipeError: The map's first layers are not as many ascending ones.
     """
-    kept = [int(layer) for layer in index_map.layers[:small_layers]]
-    if len(kept) != small_layers or sorted(set(kept)) != kept or not kept or kept[-1] >= large_layers:
-        raise RecipeError(f"The kept layers {kept} are not {small_layers} ascending layers of {large_layers}.")
-    return ends_of_blocks(kept, large_layers)
+    kept_layers = [int(layer) for layer in index_map.layers[:small_layers]]
+    if (
+        len(kept_layers) != small_layers
+        or sorted(set(kept_layers)) != kept_layers
+        or not kept_layers
+        or kept_layers[-1] >= large_layers
+    ):
+        raise RecipeError(f"The kept layers {kept_layers} are not {small_layers} ascending layers of {large_layers}.")
+    return ends_of_blocks(kept_layers, large_layers)
 
 
 def distill(
@@ -104,11 +109,11 @@ def distill(
         raise RecipeError("precision fp16 needs an accelerator and none was found; use float32 or bf16.")
     if (first := next(iter(train), None)) is None:
         raise RecipeError("There is no training text: the training split has no block.")
-    ends = kept = None
+    ends = kept_units = None
     if teacher is not None and index_map is not None:
         small, large = student.config.get_text_config(), teacher.config.get_text_config()
         ends = block_ends(index_map, small.num_hidden_layers, large.num_hidden_layers)
-        kept = kept_hidden(index_map, small.hidden_size, large.hidden_size)
+        kept_units = kept_hidden(index_map, small.hidden_size, large.hidden_size)
 
     student.float()
     sharded = any(os.environ.get(f"ACCELERATE_USE_{way}", "").lower() == "true" for way in ("FSDP", "DEEPSPEED"))
@@ -132,7 +137,7 @@ def distill(
     if curve is not None:
         student.requires_grad_(curve.together)
         student.add_module(_CONTROL, curve.control)  # so that it is wrapped, optimized and kept with the student
-    trainer = AnchorTrainer(trained, arguments, config, teacher, ends, kept, across, curve, **more)
+    trainer = AnchorTrainer(trained, arguments, config, teacher, ends, kept_units, across, curve, **more)
     best = _KeepBest(trainer, work_dir / "best.safetensors")
     trainer.add_callback(best)
     trainer.remove_callback(PrinterCallback)  # standard output belongs to the caller

@@ -61,7 +61,7 @@ class AnchorTrainer(Trainer):
             trains with cross-entropy alone.
         ends: Teacher layer that each student layer meets (:func:`cbd_hub.training.distill.block_ends`); None compares
             no hidden states.
-        kept: The teacher's hidden coordinates, in the student's order
+        kept_units: The teacher's hidden coordinates, in the student's order
             (:func:`cbd_hub.losses.heads.kept_hidden`); None for all.
         across: The teacher has another vocabulary: what meets what. Batches then hold its tokens of the same text too.
         curve: The curve between the teacher and the student, whose control point is trained as well; it is a part of
@@ -78,7 +78,7 @@ class AnchorTrainer(Trainer):
         config: DistillationConfig,
         teacher: PreTrainedModel | None = None,
         ends: Sequence[int] | None = None,
-        kept: Tensor | None = None,
+        kept_units: Tensor | None = None,
         across: Across | None = None,
         curve: Curve | None = None,
         **kwargs: Any,
@@ -99,7 +99,7 @@ class AnchorTrainer(Trainer):
             nn.Module.to(self.teacher, args.device).eval()
         self._student = model
         self._names = [name for name, _ in model.named_parameters()]  # before FSDP wraps; tied ones once
-        self._objective = _Objective(model, config, self.teacher, ends if with_hidden else None, kept, across)
+        self._objective = _Objective(model, config, self.teacher, ends if with_hidden else None, kept_units, across)
         self.curve = curve
         self._objective.curve = curve
         self._anchor_loss: float | None = None
@@ -243,14 +243,14 @@ class _Objective:
         config: DistillationConfig,
         teacher: PreTrainedModel | None = None,
         ends: Sequence[int] | None = None,
-        kept: Tensor | None = None,
+        kept_units: Tensor | None = None,
         across: Across | None = None,
     ) -> None:
         self.config = config
         self.across = across
         self.teacher = teacher
         self.ends = ends
-        self.kept = kept if kept is None or teacher is None else kept.to(teacher.device)
+        self.kept_units = kept_units if kept_units is None or teacher is None else kept_units.to(teacher.device)
         self.forward = student.forward  # as it is now: later ones go through autocast and turn all states to float32
         self.student_head = head_of(student)
         self.teacher_head = None if teacher is None else head_of(teacher)
@@ -266,13 +266,13 @@ class _Objective:
             hidden, states = run_model(self.forward, self.student_head, batch)
             return self.losses(hidden, states, labels, num_items, batch, teachers)
         curve, ends = self.curve, None if self.ends is None else self.curve.ends(point)
-        kept = curve.kept(point)
+        kept_units = curve.kept_units(point)
 
         def compute(model: PreTrainedModel) -> Tensor:
             head = nn.Identity() if isinstance(self.student_head, nn.Identity) else model.get_output_embeddings()
             hidden, states = run_model(model.forward, head, batch)
-            kept_there = None if kept is None else kept.to(hidden.device)
-            return self.losses(hidden, states, labels, num_items, batch, {}, (head, ends, kept_there))
+            units_there = None if kept_units is None else kept_units.to(hidden.device)
+            return self.losses(hidden, states, labels, num_items, batch, {}, (head, ends, units_there))
 
         return curve.run(point, compute)
 
@@ -289,7 +289,7 @@ class _Objective:
     ) -> Tensor:
         """The weighted loss, a scalar; runs the teacher. `student`: another head, its block ends, its kept units."""
         config = self.config
-        student_head, ends, kept = student or (self.student_head, self.ends, self.kept)
+        student_head, ends, kept_units = student or (self.student_head, self.ends, self.kept_units)
         if self.across is not None and teachers:
             return self._across_losses(hidden, labels, num_items, batch["input_ids"], teachers)
         teacher_hidden: Tensor | None = None
@@ -316,7 +316,7 @@ class _Objective:
             distance = hidden_state_loss(
                 states[1:],
                 [teacher_states[end + 1] for end in ends],
-                kept,
+                kept_units,
                 nn.functional.pad(labels[:, 1:] != -100, (0, 1)),  # where CE and KL are taken, so never on padding
                 kind=config.hidden_kind,
                 num_items=num_items,

@@ -101,7 +101,7 @@ def test_auto_takes_what_the_models_allow(founding: BridgeInputs, source: tuple[
 def test_every_way_founds_a_model_of_the_new_kind(founding: BridgeInputs, tmp_path: Path, use: list[str]) -> None:
     said: list[str] = []
     model, training, made = build_anchor_zero(
-        setting(tmp_path, use=use), founding, tmp_path / "work", say=said.append, progress=False
+        setting(tmp_path, use=use), founding, tmp_path / "work", log=said.append, progress=False
     )
     assert model.config.model_type == "gpt2" and model.config.vocab_size == len(founding.tokenizer)
     assert training.start_loss is not None and training.best_loss is not None
@@ -146,7 +146,7 @@ def test_fresh_blocks_say_why(
 ) -> None:
     said: list[str] = []
     wanted = setting(tmp_path, use=["transplant"], architecture=architecture, config=config, training={"tokens": 0})
-    _, _, made = build_anchor_zero(wanted, founding, tmp_path / "work", say=said.append, progress=False)
+    _, _, made = build_anchor_zero(wanted, founding, tmp_path / "work", log=said.append, progress=False)
     assert made.carried == ["embeddings"] and made.fresh_blocks is not None
     assert re.search(reason, made.fresh_blocks)
     assert f"its blocks are fresh: {made.fresh_blocks}" in said and "\n" not in made.fresh_blocks
@@ -164,7 +164,7 @@ def test_a_source_whose_head_is_untied(founding: BridgeInputs, tmp_path: Path) -
 def test_nothing_was_to_be_carried(founding: BridgeInputs, tmp_path: Path, use: list[str]) -> None:
     wanted = setting(tmp_path, use=use, training={"tokens": 0})
     said: list[str] = []
-    _, _, made = build_anchor_zero(wanted, founding, tmp_path / "work", say=said.append, progress=False)
+    _, _, made = build_anchor_zero(wanted, founding, tmp_path / "work", log=said.append, progress=False)
     assert made.fresh_blocks is None and not any("fresh" in text for text in said)
     assert Bridge.model_validate_json(made.model_dump_json(exclude={"fresh_blocks"})) == made  # an older manifest
 
@@ -195,7 +195,7 @@ def test_padded_vocabularies(founding: BridgeInputs, tmp_path: Path, family: str
     wanted = setting(tmp_path, use=use, architecture=family, config=fields)
     said: list[str] = []
     on = replace(founding, source=source)
-    model, training, made = build_anchor_zero(wanted, on, tmp_path / "work", say=said.append, progress=False)
+    model, training, made = build_anchor_zero(wanted, on, tmp_path / "work", log=said.append, progress=False)
     assert model.config.vocab_size == len(model.get_input_embeddings().weight) == size
     assert made.carried == (["embeddings"] if family == "gpt2" else ["embeddings", "blocks"]), made.fresh_blocks
     assert training.best_loss is not None and training.best_loss < math.log(size) and made.generated_documents > 0
@@ -219,7 +219,7 @@ def test_text_that_the_source_alters_is_counted_and_said(founding: BridgeInputs,
     blocks = pack(Dataset.from_list(text), founding.tokenizer, 32)
     on = replace(founding, source_tokenizer=backend, train=blocks, documents=lambda: iter(text))
     said: list[str] = []
-    build_anchor_zero(setting(tmp_path, use=["logits"]), on, tmp_path / "work", say=said.append, progress=False)
+    build_anchor_zero(setting(tmp_path, use=["logits"]), on, tmp_path / "work", log=said.append, progress=False)
     (line,) = [text for text in said if text.startswith("of the text")]
     assert int(re.search(r"([\d,]+) skipped segments", line)[1].replace(",", "")) > 0
     assert int(re.search(r"([\d,]+) groups", line)[1].replace(",", "")) > 100

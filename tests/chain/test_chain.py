@@ -225,7 +225,7 @@ def reference(folder: Path, plan: Plan, paper: bool) -> dict[str, np.ndarray]:
     order = entries[plan.small].layer_order or []
     kept = sorted(order[: plan.sizes["layers"]])
     alpha, rest, made = np.float32(plan.alpha), np.float32(1 - plan.alpha), {}
-    own_weight = np.float32(1 - plan.alpha**2)
+    large_only_weight = np.float32(1 - plan.alpha**2)
     for name, pattern, layer in axis_map.names(plan.sizes):
         from_large = layer if layer is None else kept[layer]
         has_partner = layer is None or from_large in order[: little["layers"]]
@@ -264,10 +264,10 @@ def reference(folder: Path, plan: Plan, paper: bool) -> dict[str, np.ndarray]:
         placed, mask = np.zeros_like(value), np.zeros(value.shape, dtype=bool)
         if not paper and small is None:  # a block that only the large anchor has writes with weight 1 - alpha^2
             if axis_map.writes(pattern):
-                value = value * own_weight
+                value = value * large_only_weight
             elif axis_map.norms.get(pattern) == () and axis_map.tensors[pattern] == "hidden":
                 offset = np.float32(axis_map.model_type == "gemma3_text")
-                value = (value + offset) * own_weight - offset
+                value = (value + offset) * large_only_weight - offset
         if small is not None:
             in_small = [{label: i for i, label in enumerate(dim)} for dim in labels(spec, little)]
             here = [[i for i, label in enumerate(dim) if label in in_small[d]] for d, dim in enumerate(wanted)]
@@ -276,7 +276,7 @@ def reference(folder: Path, plan: Plan, paper: bool) -> dict[str, np.ndarray]:
             if not paper and layer is not None and axis_map.writes(pattern) and value.ndim == 2:  # so do its units
                 dim = next(d for d, spec_dim in enumerate(wanted) if spec_dim[0][1][0] != "hidden")
                 own = [i for i in range(value.shape[dim]) if i not in set(here[dim])]
-                value[(slice(None),) * dim + (own,)] *= own_weight
+                value[(slice(None),) * dim + (own,)] *= large_only_weight
         mixed = alpha * placed + rest * value
         made[name] = mixed if paper else np.where(mask, mixed, value)
     return made

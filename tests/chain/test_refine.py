@@ -241,9 +241,9 @@ def test_candidates_of_an_interpolation_whose_anchors_differ_in_layers() -> None
         ["planned + refit"],
     ]
     weights, layers, others, last = found
-    assert (weights[0].plan.alpha, weights[0].plan.own_weight) == (plan.alpha, 1.0)
+    assert (weights[0].plan.alpha, weights[0].plan.large_only_weight) == (plan.alpha, 1.0)
     for candidate in weights[1:]:
-        assert candidate.plan.own_weight == pytest.approx(1 - candidate.plan.alpha**2)
+        assert candidate.plan.large_only_weight == pytest.approx(1 - candidate.plan.alpha**2)
     order = plan.pair.index_map.layers.tolist()
     assert order == [2, 4, 3, 0, 1]  # 2 and 4 are the small anchor's
     chosen = [sorted(c.plan.pair.index_map.layers[:4].tolist()) for c in layers]
@@ -261,7 +261,7 @@ def test_later_candidates_start_from_the_best_so_far() -> None:
         "interpolate, large-only units at full weight, other layers (1)",
         "interpolate, large-only units at full weight, other layers (2)",
     ]
-    assert all(c.plan.own_weight == 1.0 and c.plan.alpha == plan.alpha for c in layers)
+    assert all(c.plan.large_only_weight == 1.0 and c.plan.alpha == plan.alpha for c in layers)
     assert [(c.name, c.plan.method, c.refit) for c in last] == [("expand + refit", "expand", True)]
 
 
@@ -306,8 +306,8 @@ def test_an_anchor_that_was_only_cut_out_has_full_weights_already(tmp_path: Path
     chain = Chain.from_pretrained(folder)
     plan = plan_of(chain)
     found = stages(plan, chain, lambda stage: None)[0]
-    assert plan.own_weight == 1.0
-    assert [c.plan.own_weight for c in found] == [1.0, 1.0]
+    assert plan.large_only_weight == 1.0
+    assert [c.plan.large_only_weight for c in found] == [1.0, 1.0]
     assert not any("full weight" in c.name for c in found)
 
 

@@ -6,46 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny_models import tiny_config, tiny_model
-from tiny_text import make_documents
+from tiny_text import GREEDY, PROMPTS, SAMPLED, make_documents, written
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.text.generators import Generator, LocalGenerator, _RowSampler
+from cbd_hub.text.generators import LocalGenerator, _RowSampler
 from cbd_hub.text.packing import train_tokenizer
 from cbd_hub.text.settings import Sampling
-
-GREEDY = Sampling(max_new_tokens=12, temperature=0)
-SAMPLED = Sampling(max_new_tokens=12)
-PROMPTS = ["The cat", "", "over the river and", "birds", "mat, and the cat5 saw", "é", "sat"]
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    made = train_tokenizer(make_documents(), 300)
-    made.chat_template = CHAT
-    return made
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    return tiny_model(tiny_config("llama", vocab_size=len(tokenizer), **ids))
-
-
-@pytest.fixture(scope="module")
-def folder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    place = tmp_path_factory.mktemp("served")
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
-
-
-def texts(generator: Generator, sampling: Sampling, prompts: list[str] = PROMPTS, first: int = 0) -> list[str]:
-    return [written.text for written in generator.generate(prompts, sampling, first)]
 
 
 def test_greedy_text_is_the_models_own(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -55,7 +22,7 @@ def test_greedy_text_is_the_models_own(model: PreTrainedModel, tokenizer: PreTra
         if ids[-1] == 0:
             break
     whole = tokenizer.decode(ids, skip_special_tokens=True)
-    assert texts(LocalGenerator(model, tokenizer), GREEDY)[0] == whole.removeprefix("The cat")
+    assert written(LocalGenerator(model, tokenizer), GREEDY)[0] == whole.removeprefix("The cat")
 
 
 @pytest.mark.parametrize(
@@ -64,19 +31,19 @@ def test_greedy_text_is_the_models_own(model: PreTrainedModel, tokenizer: PreTra
 def test_text_depends_on_neither_batch_nor_cut(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sampling: Sampling
 ) -> None:
-    whole = texts(LocalGenerator(model, tokenizer, batch_size=8), sampling)
+    whole = written(LocalGenerator(model, tokenizer, batch_size=8), sampling)
     generator = LocalGenerator(model, tokenizer, batch_size=2)
-    assert texts(generator, sampling) == whole
-    assert texts(generator, sampling, PROMPTS[3:], first=3) == whole[3:]
-    assert texts(generator, sampling, PROMPTS[5:6], first=5) == whole[5:6]
+    assert written(generator, sampling) == whole
+    assert written(generator, sampling, PROMPTS[3:], first=3) == whole[3:]
+    assert written(generator, sampling, PROMPTS[5:6], first=5) == whole[5:6]
 
 
 def test_number_and_seed_decide_a_sampled_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     generator = LocalGenerator(model, tokenizer)
-    first = texts(generator, SAMPLED, ["The cat"] * 4)
+    first = written(generator, SAMPLED, ["The cat"] * 4)
     assert len(set(first)) == 4
-    assert texts(generator, SAMPLED.model_copy(update={"seed": 1}), ["The cat"] * 4) != first
-    assert len(set(texts(generator, GREEDY, ["The cat"] * 4))) == 1
+    assert written(generator, SAMPLED.model_copy(update={"seed": 1}), ["The cat"] * 4) != first
+    assert len(set(written(generator, GREEDY, ["The cat"] * 4))) == 1
 
 
 def test_a_token_is_chosen_as_often_as_it_is_likely() -> None:
@@ -89,8 +56,8 @@ def test_a_token_is_chosen_as_often_as_it_is_likely() -> None:
 
 def test_top_k_of_one_is_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     generator = LocalGenerator(model, tokenizer)
-    assert texts(generator, Sampling(max_new_tokens=12, top_k=1)) == texts(generator, GREEDY)
-    assert texts(generator, Sampling(max_new_tokens=12, top_p=1e-6)) == texts(generator, GREEDY)
+    assert written(generator, Sampling(max_new_tokens=12, top_k=1)) == written(generator, GREEDY)
+    assert written(generator, Sampling(max_new_tokens=12, top_p=1e-6)) == written(generator, GREEDY)
 
 
 def test_text_ends_at_end_of_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -106,7 +73,7 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel, tokenizer: PreTrain
     before, state = model.generation_config.to_dict(), torch.get_rng_state()
     model.train()
     try:
-        texts(LocalGenerator(model, tokenizer), SAMPLED)
+        written(LocalGenerator(model, tokenizer), SAMPLED)
         assert model.training
     finally:
         model.eval()
@@ -116,10 +83,10 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel, tokenizer: PreTrain
 
 def test_the_models_own_generation_config_holds(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     generator = LocalGenerator(model, tokenizer)
-    plain, identity = texts(generator, GREEDY), generator.identity
+    plain, identity = written(generator, GREEDY), generator.identity
     model.generation_config.repetition_penalty = 5.0
     try:
-        assert texts(generator, GREEDY) != plain
+        assert written(generator, GREEDY) != plain
         assert LocalGenerator(model, tokenizer).identity != identity
     finally:
         model.generation_config.repetition_penalty = None
@@ -127,8 +94,8 @@ def test_the_models_own_generation_config_holds(model: PreTrainedModel, tokenize
 
 def test_chat_sends_a_users_message(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     message = "<user>The cat\n<assistant>"  # what CHAT makes of it
-    answer = texts(LocalGenerator(model, tokenizer, chat=True), GREEDY, ["The cat"])
-    assert answer == texts(LocalGenerator(model, tokenizer), GREEDY, [message])
+    answer = written(LocalGenerator(model, tokenizer, chat=True), GREEDY, ["The cat"])
+    assert answer == written(LocalGenerator(model, tokenizer), GREEDY, [message])
 
 
 def test_a_model_without_head_is_refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -139,7 +106,7 @@ def test_a_model_without_head_is_refused(model: PreTrainedModel, tokenizer: PreT
 
 def test_what_cannot_be_done_is_refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RecipeError, match="max_new_tokens 63 exceed the 64 tokens"):
-        texts(LocalGenerator(model, tokenizer), Sampling(max_new_tokens=63))
+        written(LocalGenerator(model, tokenizer), Sampling(max_new_tokens=63))
     with pytest.raises(RecipeError, match="batch_size must be 1 or more, got 0"):
         LocalGenerator(model, tokenizer, batch_size=0)
     plain = train_tokenizer(make_documents(), 300)
@@ -147,7 +114,7 @@ def test_what_cannot_be_done_is_refused(model: PreTrainedModel, tokenizer: PreTr
         LocalGenerator(model, plain, chat=True)
     plain.bos_token = plain.eos_token = None
     with pytest.raises(RecipeError, match="neither bos_token nor eos_token to begin with"):
-        texts(LocalGenerator(model, plain), GREEDY)
+        written(LocalGenerator(model, plain), GREEDY)
 
 
 def test_identity_is_that_of_the_content(

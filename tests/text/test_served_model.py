@@ -10,50 +10,15 @@ from pathlib import Path
 
 import pytest
 from serve import free_port, serving
-from tiny_models import tiny_config, tiny_model
-from tiny_text import make_documents
+from tiny_text import GREEDY, PROMPTS, written
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.text.generators import Generator, LocalGenerator
-from cbd_hub.text.packing import train_tokenizer
+from cbd_hub.text.generators import LocalGenerator
 from cbd_hub.text.served_model import ServerGenerator
 from cbd_hub.text.settings import Sampling
 
-GREEDY = Sampling(max_new_tokens=12, temperature=0)
-SAMPLED = Sampling(max_new_tokens=12)
-PROMPTS = ["The cat", "", "over the river and", "birds", "mat, and the cat5 saw", "é", "sat"]
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    made = train_tokenizer(make_documents(), 300)
-    made.chat_template = CHAT
-    return made
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    return tiny_model(tiny_config("llama", vocab_size=len(tokenizer), **ids))
-
-
-def texts(generator: Generator, sampling: Sampling, prompts: list[str] = PROMPTS, first: int = 0) -> list[str]:
-    return [written.text for written in generator.generate(prompts, sampling, first)]
-
-
 # -- behind `transformers serve` --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    place = tmp_path_factory.mktemp("served")
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +40,11 @@ def test_a_server_gives_the_same_greedy_text(
 
 def test_a_server_refuses_another_model_and_unknown_fields(served: str, folder: Path) -> None:
     with pytest.raises(RecipeError, match=r"refuses the request \(400: .*requested 'other'"):
-        texts(ServerGenerator(served, "other"), GREEDY, ["a"])
+        written(ServerGenerator(served, "other"), GREEDY, ["a"])
     with pytest.raises(RecipeError, match=r"refuses the request \(422: .*top_k.*check model, sampling and extra"):
-        texts(ServerGenerator(served, str(folder)), Sampling(top_k=3), ["a"])
+        written(ServerGenerator(served, str(folder)), Sampling(top_k=3), ["a"])
     with pytest.raises(RecipeError, match=r"knows no model .* or no such path \(404"):
-        texts(ServerGenerator(served.removesuffix("/v1"), str(folder)), GREEDY, ["a"])
+        written(ServerGenerator(served.removesuffix("/v1"), str(folder)), GREEDY, ["a"])
 
 
 # -- behind a server that misbehaves ----------------------------------------------------------------------------------
@@ -149,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
 def test_order_is_kept_with_requests_in_parallel() -> None:
     prompts = [str(number) for number in range(20)]
     with Scripted((200, JSON, b"echo"), delay=0.02) as server:
-        assert texts(ServerGenerator(server.base_url, "m", parallel=4), GREEDY, prompts) == prompts
+        assert written(ServerGenerator(server.base_url, "m", parallel=4), GREEDY, prompts) == prompts
         assert 2 <= server.busiest <= 4
         assert len(server.asked) == 20
 
@@ -172,7 +137,7 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
             "min_p": 0.1,
             "seed": sampling.row_seed(4),
         }
-        texts(ServerGenerator(server.base_url, "m", "sk-mine"), GREEDY, ["a"])
+        written(ServerGenerator(server.base_url, "m", "sk-mine"), GREEDY, ["a"])
         _, headers, body = server.asked[-1]
         assert headers["authorization"] == "Bearer sk-mine"
         assert body == {"model": "m", "prompt": "a", "max_tokens": 12, "temperature": 0}
@@ -217,7 +182,7 @@ def test_a_model_may_end_at_once() -> None:
 def test_a_failure_is_one_clear_sentence(answer: Answer, message: str) -> None:
     with Scripted(answer) as server:
         with pytest.raises(RecipeError, match=message) as caught:
-            texts(ServerGenerator(server.base_url, "m", "sk-secret", retries=1), GREEDY, ["a", "b", "c"])
+            written(ServerGenerator(server.base_url, "m", "sk-secret", retries=1), GREEDY, ["a", "b", "c"])
         assert server.base_url in str(caught.value)
         assert "sk-secret" not in str(caught.value)
 
@@ -228,7 +193,7 @@ def test_a_chat_without_content_is_refused() -> None:
         Scripted((200, JSON, json.dumps(answer).encode())) as server,
         pytest.raises(RecipeError, match="without text"),
     ):
-        texts(ServerGenerator(server.base_url, "m", chat=True), GREEDY, ["a"])
+        written(ServerGenerator(server.base_url, "m", chat=True), GREEDY, ["a"])
 
 
 def test_a_slow_server_runs_out_of_time() -> None:
@@ -236,13 +201,13 @@ def test_a_slow_server_runs_out_of_time() -> None:
         Scripted(completion("late"), delay=1) as server,
         pytest.raises(RecipeError, match=r"within 0\.1 s in 1 tries"),
     ):
-        texts(ServerGenerator(server.base_url, "m", retries=0, timeout=0.1), GREEDY, ["a"])
+        written(ServerGenerator(server.base_url, "m", retries=0, timeout=0.1), GREEDY, ["a"])
 
 
 def test_a_server_that_is_down() -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     with pytest.raises(RecipeError, match=r"cannot be reached \(.*refused.*\) in 2 tries; start it"):
-        texts(ServerGenerator(url, "m", retries=1), GREEDY, ["a"])
+        written(ServerGenerator(url, "m", retries=1), GREEDY, ["a"])
 
 
 def test_a_malformed_server_is_refused() -> None:
@@ -251,7 +216,7 @@ def test_a_malformed_server_is_refused() -> None:
     with pytest.raises(RecipeError, match="parallel must be 1 or more, got 0"):
         ServerGenerator("http://localhost:8000/v1", "m", parallel=0)
     with pytest.raises(RecipeError, match="A prompt is empty, and servers refuse that; set start"):
-        texts(ServerGenerator("http://localhost:8000/v1", "m"), GREEDY, [""])
+        written(ServerGenerator("http://localhost:8000/v1", "m"), GREEDY, [""])
 
 
 def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
