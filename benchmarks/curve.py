@@ -2,32 +2,38 @@
 
 CHAIN is what ``make quickstart`` leaves (``quickstart-output/chain``). Each seed trains, for every pair: the anchor
 alone (N tokens), the anchor and its control point together (2 N), the control point alone beside the plain anchor (N),
-and each of a few sizes directly from the large anchor with parts of N. All are measured on 20,000 test
-tokens at nine sizes a pair, with the large anchor pruned, pruned and refitted, and the paper's rule beside them.
-Figures go into docs/results/curve.json after each arm, and a call goes on from there; ``--report`` writes curve.md.
+one elastic model whose prefixes are the sizes (2 N), and each of a few sizes directly from the large anchor with parts
+of N. All are measured on 20,000 test tokens at nine sizes a pair, with the large anchor pruned, pruned and refitted,
+and the paper's rule beside them. Writes docs/results/curve.json after each arm, and a call goes on from there; then
+curve.md. Two hours on one core.
 """
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
+from math import ceil
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import harness
 import models
+import numpy as np
+import results
+import torch
 from models import kept_first
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.students import curve_to_train, cut_student, refit_if_better
 from cbd_hub.chain.chain import Chain
-from cbd_hub.interpolation.materialize import cut
+from cbd_hub.interpolation.operations import list_operations
 from cbd_hub.interpolation.pair import Pair
+from cbd_hub.interpolation.tensors import take
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.training.curve import Curve, Point
 from cbd_hub.training.settings import ControlPointConfig
+from cbd_hub.training.trainer import Objective
 
 POSITIONS = tuple(k / 10 for k in range(1, 10))
 DIRECT: dict[str, tuple[float, tuple[float, ...]]] = {  # part of N → what it is, and where it is measured
@@ -36,18 +42,31 @@ DIRECT: dict[str, tuple[float, tuple[float, ...]]] = {  # part of N → what it 
     "N/2": (0.5, (0.2, 0.4, 0.6, 0.8)),
     "N": (1.0, (0.5,)),
 }
+ELASTIC_RATE = 1.0
+
+
+class Elastic(Curve):
+    """One set of weights, the large anchor's, whose prefixes are the sizes (MatFormer, arXiv 2310.07707)."""
+
+    def weights(self, point: Point) -> dict[str, Tensor]:
+        """The leading units of every tensor."""
+        of, large = self.pair.axis_map.layout, self.pair.large
+        operations = list_operations(self.pair, point.sizes, "prune", 0.0)
+        units = {op.name: (str(op.large_name), of(op.pattern), self.pair.taken(op, point.sizes)) for op in operations}
+        return {key: take(self.small.get_parameter(n), at, large, taken) for key, (n, at, taken) in units.items()}
 
 
 class Bench:
     """One pair of a chain, and its text."""
 
-    def __init__(self, chain: Chain, inputs: BuildInputs, index: int) -> None:
-        self.inputs, self.config = inputs, inputs.recipe.distillation
+    def __init__(self, chain: Chain, inputs: BuildInputs, index: int, elastic_rate: float) -> None:
+        self.inputs, self.config, self.elastic_rate = inputs, inputs.recipe.distillation, elastic_rate
         large, small = chain.anchors[index : index + 2]
         self.name, self.large = f"{large.name} → {small.name}", large.load("float32")
         axis_map = chain.manifest.resolved_axis_map
         sizes = chain.manifest.sizes(small.entry), chain.manifest.sizes(large.entry)
         self.pair = Pair(axis_map, *sizes, chain.index_maps[small.name])
+        self.smallest = Point(sizes[0], 0, (), ())
         self.fit = inputs.refit_blocks(), inputs.validation
         self.cut, _ = cut_student(self.large, axis_map, sizes[0], self.pair.index_map, *self.fit, False)
 
@@ -75,9 +94,33 @@ class Bench:
         self.train(student, tokens, seed, found)
         return found
 
-    def prune(self, point: Point) -> PreTrainedModel:
+    def elastic(self, seed: int, points: Sequence[Point]) -> PreTrainedModel:
+        """The large anchor after 2 N tokens of training as an elastic model, with the losses of an anchor.
+
+        Every batch passes the whole, the smallest and a random size (sandwich rule, arXiv 1903.05134), and counts
+        three times.
+        """
+        config, model, random = self.config, deepcopy(self.large).train(), np.random.default_rng(seed)
+        curve = Elastic(self.large, model, self.pair, learning_rate=0.0, tokens=0, points=points)
+        objective = Objective(model, config, self.large, list(range(self.pair.large["layers"])))
+        objective.curve = curve
+        text, length = self.inputs.text.train, self.inputs.recipe.data.sequence_length
+        steps = ceil(2 * config.tokens / (3 * config.batch_size * length))
+        optimizer = torch.optim.AdamW(model.parameters(), self.elastic_rate * config.learning_rate, weight_decay=0.0)
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup_fraction * steps), steps)
+        for _ in range(steps):
+            ids = torch.tensor(text[random.choice(len(text), config.batch_size, replace=False)]["input_ids"])
+            for objective.point in (None, self.smallest, points[random.integers(len(points))]):
+                (objective(ids, input_ids=ids) / 3).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return model.eval()
+
+    def prune(self, point: Point, large: PreTrainedModel | None = None) -> PreTrainedModel:
         """The large anchor's units alone."""
-        return cut(self.large, self.pair.axis_map, self.pair.large, dict(point.sizes), self.pair.index_map)
+        return models.pruned(large or self.large, point.sizes, self.pair.index_map)
 
     def refitted(self, point: Point) -> PreTrainedModel:
         """The same with its output projections fitted."""
@@ -104,15 +147,19 @@ def measure(bench: Bench, seed: int, keep: Callable[[str, Callable[[], dict[str,
     bench.train(plain, bench.config.tokens, seed)
     alone = bench.curve(plain, seed, together=False)
     together = bench.curve(both, seed, together=True)
+    elastic = bench.elastic(seed, alone.points)
     ends = {"large": bench.large, "plain": plain, "cut": bench.cut}
     keep("anchors", lambda: {name: bench.loss(model) for name, model in ends.items()})
     keep("anchor together", lambda: {"small": bench.loss(both)})
+    least = bench.prune(bench.smallest, elastic)
+    keep("anchors elastic", lambda: {"large": bench.loss(elastic), "small": bench.loss(least)})
     arms: dict[str, tuple[Callable[[Point], PreTrainedModel], tuple[float, ...]]] = {
         "average": (partial(alone.model, straight=True), POSITIONS),
         "paper": (partial(bench.paper, plain), POSITIONS),
         **({} if seed else {"pruned": (bench.prune, POSITIONS), "pruned + refit": (bench.refitted, POSITIONS)}),
         "control point alone": (alone.model, POSITIONS),
         "together": (together.model, POSITIONS),
+        "elastic": (partial(bench.prune, large=elastic), POSITIONS),
         **{f"direct {n}": (partial(bench.direct, part, seed), where) for n, (part, where) in DIRECT.items()},
     }
     for name, (make, where) in arms.items():
@@ -120,95 +167,26 @@ def measure(bench: Bench, seed: int, keep: Callable[[str, Callable[[], dict[str,
         keep(name, lambda m=make, p=points: {r: bench.loss(m(point)) for r, point in p.items()})
 
 
-def report(results: dict[str, Any]) -> str:
-    """Markdown: mean and standard deviation over seeds, one table a pair."""
-    counts = " to ".join(map(str, sorted({len(seeds) for seeds in results["pairs"].values()})))
-    lines = [
-        f"Held-out loss, nats a token, on 20,000 test tokens; N = {results['tokens']:,} training tokens; "
-        f"seeds: {counts}. "
-        "Standard deviations stand where there are several. An anchor and its control point cost 2 N together, for "
-        "all sizes between; direct distillation costs its part of N for each size.",
-        *([] if "note" not in results else ["", results["note"]]),
-    ]
-    for pair, seeds in results["pairs"].items():
-        names = list(dict.fromkeys(name for arms in seeds.values() for name in arms if not name.startswith("anchor")))
-        lines += ["", f"## {pair}", "", "| arm | " + " | ".join(f"r = {r}" for r in POSITIONS) + " |"]
-        lines.append("|---" + "|--:" * len(POSITIONS) + "|")
-        for name in names:
-            cells = []
-            for r in map(str, POSITIONS):
-                values = [arms[name][r] for arms in seeds.values() if r in arms.get(name, {})]
-                spread = f" ±{stdev(values):.3f}" if len(values) > 1 else ""
-                cells.append(f"{mean(values):.3f}{spread}" if values else "")
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        done = [arms for arms in seeds.values() if "anchor together" in arms]
-        ends = [(a["anchors"]["large"], a["anchors"]["plain"], a["anchor together"]["small"]) for a in done]
-        if ends:
-            large, alone, both = map(mean, zip(*ends, strict=True))
-            lines += ["", f"Anchors: large {large:.3f}; small alone (N) {alone:.3f}, together (2 N) {both:.3f}."]
-        lines += ["", *balance(list(seeds.values()))]
-    return "\n".join(["# The curve between two anchors", "", *lines, ""])
-
-
-def balance(seeds: list[dict[str, Any]]) -> list[str]:
-    """Lines that compare the curve with every control, seed by seed: where it is not below, and at equal compute."""
-
-    def apart(arm: str, r: float) -> list[float]:
-        return [s["together"][str(r)] - s[arm][str(r)] for s in seeds if str(r) in s.get(arm, {}) and "together" in s]
-
-    lines = [
-        "| sizes K | a direct distillation of each gets | together less direct, mean over sizes |",
-        "|--:|---|--:|",
-    ]
-    for sizes, arm in ((16, "direct N/8"), (8, "direct N/4"), (4, "direct N/2"), (2, "direct N")):
-        each = [here for r in POSITIONS if (here := apart(arm, r))]
-        if each:
-            by_seed = [mean(values) for values in zip(*each, strict=True)] if len({len(e) for e in each}) == 1 else []
-            spread = f" ±{stdev(by_seed):.3f}" if len(by_seed) > 1 else ""
-            found = f"{mean(map(mean, each)):+.3f}{spread} ({len(each)} of them)"
-            lines.append(f"| {sizes} | {arm.removeprefix('direct ')} | {found} |")
-    above = [
-        f"{arm} at r = {r} ({mean(found):+.3f})"
-        for arm in ("average", "paper", "pruned", "pruned + refit")
-        for r in POSITIONS
-        if (found := apart(arm, r)) and mean(found) >= 0
-    ]
-    told = "; ".join(above) or "none"
-    return [
-        "At equal compute, 2 N for all sizes together:",
-        "",
-        *lines,
-        "",
-        f"Not below, of the controls without training: {told}.",
-    ]
-
-
 def main() -> None:
-    """Runs what is missing, or writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("chain", type=Path, nargs="?")
-    parser.add_argument("--recipe", type=Path, default=harness.RECIPES / "quickstart.yaml")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--pairs", type=int, nargs="*", default=[0, 1])
-    parser.add_argument("--results", type=Path, default=harness.RESULTS / "curve.json")
-    parser.add_argument("--report", action="store_true")
-    arguments = parser.parse_args()
-    path = arguments.results
-    figures = harness.Figures(path.parent, path.stem)
-    if arguments.report:
-        path.with_suffix(".md").write_text(report(figures.found), encoding="utf-8")
-        return
-    if arguments.chain is None:
-        parser.error("name the chain's folder")
-    inputs, chain = harness.inputs(arguments.recipe), Chain.from_pretrained(arguments.chain)
-    pairs = figures.found.setdefault("pairs", {})
-    figures.found["tokens"] = inputs.recipe.distillation.tokens
-    for index in arguments.pairs:
-        bench = Bench(chain, inputs, index)
-        for seed in arguments.seeds:
-            arms = pairs.setdefault(bench.name, {}).setdefault(str(seed), {})
+    """Measures what is missing and writes the tables."""
+    options = harness.options(
+        __doc__,
+        "the chain of `make quickstart`",
+        Path("quickstart-output/chain"),
+        seeds=([0, 1, 2], "of training", [0]),
+        pairs=([0, 1], "of neighbors, the largest first", [0]),
+        elastic_rate=(ELASTIC_RATE, "learning rate of the elastic model over the anchors'"),
+    )
+    chain, figures = harness.open_chain(options), harness.Figures(options.results, "curve")
+    inputs = harness.inputs(harness.toy_recipe() if options.smoke else harness.RECIPES / "quickstart.yaml")
+    figures.found |= {"tokens": inputs.recipe.distillation.tokens, "about": harness.about()}
+    for index in options.pairs:
+        bench = Bench(chain, inputs, index, options.elastic_rate)
+        for seed in options.seeds:
+            arms = figures.found.setdefault("pairs", {}).setdefault(bench.name, {}).setdefault(str(seed), {})
             if "direct N" not in arms:
                 measure(bench, seed, partial(figures.keep, place=arms))
+    results.save("curve", figures.found, options.results)
 
 
 if __name__ == "__main__":

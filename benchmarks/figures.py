@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,12 @@ def mean(values: Iterable[float]) -> float:
 def error(values: Sequence[float]) -> float:
     """Standard error of a mean; 0 of a single value."""
     return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def plus_minus(values: Sequence[float], how: str = ".3f") -> str:
+    """Mean and standard deviation; "" of nothing."""
+    spread = f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):{how}}{spread}" if values else ""
 
 
 def median(runs: Iterable[dict[str, float]], what: str) -> float:
@@ -150,6 +156,50 @@ def plot_growth(data: Any, path: Path) -> None:
         axes[2].set(xlabel="anchors beside the source", ylabel="CPU seconds", title="a build", ylim=(0, None))
         for axis in axes:
             axis.grid(alpha=0.3)
+
+
+# -- the curve --------------------------------------------------------------------------------------------------------
+
+
+class Curves:
+    """The arms of one pair of curve.json, over seeds."""
+
+    def __init__(self, seeds: Mapping[str, Row]) -> None:
+        self.seeds = [arms for arms in seeds.values() if "together" in arms]
+        names = dict.fromkeys(name for arms in self.seeds for name in arms)
+        self.arms = [name for name in names if not name.startswith("anchor")]
+        self.positions = sorted({r for arms in self.seeds for r in arms["together"]})
+
+    def cell(self, arm: str, r: str) -> str:
+        """Mean and standard deviation at a position."""
+        return plus_minus([arms[arm][r] for arms in self.seeds if r in arms.get(arm, {})])
+
+    def apart(self, arm: str, r: str) -> list[float]:
+        """How far the curve is above another arm, seed by seed."""
+        return [arms["together"][r] - arms[arm][r] for arms in self.seeds if r in arms.get(arm, {})]
+
+    @property
+    def ends(self) -> str:
+        """The anchors' losses."""
+        names = {"large": ("anchors", "large"), "small alone (N)": ("anchors", "plain")}
+        names |= {"together (2 N)": ("anchor together", "small"), "elastic, large": ("anchors elastic", "large")}
+        names |= {"elastic, small (2 N)": ("anchors elastic", "small")}
+        of = {name: [s[part][end] for s in self.seeds if part in s] for name, (part, end) in names.items()}
+        return ", ".join(f"{name} {mean(values):.3f}" for name, values in of.items() if values)
+
+    def balance(self) -> Iterator[list[Any]]:
+        """The curve less each direct distillation that has as many tokens for K sizes together, over positions."""
+        for sizes, part in ((16, "N/8"), (8, "N/4"), (4, "N/2"), (2, "N")):
+            if each := [here for r in self.positions if (here := self.apart(f"direct {part}", r))]:
+                by_seed = [mean(values) for values in zip(*each, strict=False)]
+                yield [sizes, part, f"{plus_minus(by_seed, '+.3f')} ({len(each)} of them)"]
+
+    def above(self) -> Iterator[str]:
+        """The controls that are nowhere near direct distillation in cost, where the curve is not below them."""
+        for arm in ("average", "paper", "pruned", "pruned + refit", "elastic"):
+            for r in self.positions:
+                if (found := self.apart(arm, r)) and mean(found) >= 0:
+                    yield f"{arm} at r = {r} ({mean(found):+.3f})"
 
 
 # -- the chain from SmolLM2 -------------------------------------------------------------------------------------------
@@ -339,10 +389,12 @@ def _smollm2(data: Any) -> Iterator[Lost]:
 
 def _curve(data: Any) -> Iterator[Lost]:
     for pair, seeds in data["pairs"].items():
-        for arm, what in (("pruned + refit", ""), ("direct N/4", ", at equal compute over eight sizes")):
-            both = [(arms["together"], arms[arm]) for arms in seeds.values() if arm in arms and "together" in arms]
-            for r in both[0][1] if both else ():
-                ours, rival = mean(ours[r] for ours, _ in both), mean(rival[r] for _, rival in both)
+        view = Curves(seeds)
+        whats = {"pruned + refit": "", "elastic": "", "direct N/4": ", at equal compute over eight sizes"}
+        for (arm, what), r in product(whats.items(), view.positions):
+            both = [(s["together"][r], s[arm][r]) for s in view.seeds if r in s.get(arm, {})]
+            if both:
+                ours, rival = (mean(values) for values in zip(*both, strict=True))
                 yield from below("curve", f"{pair}, r = {r}", ours, {f"{arm}{what}": rival})
 
 

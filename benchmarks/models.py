@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,7 @@ class Pair:
 def pruned(large: PreTrainedModel, sizes: Sizes, index_map: IndexMap) -> PreTrainedModel:
     """The units of a model that an index map puts first."""
     axis_map = axis_map_for(large.config)
-    layers = index_map.layers.copy()
-    layers[: sizes["layers"]].sort()  # ascending, as a target of more layers than the small anchor's needs them
-    return cut(large, axis_map, axis_map.sizes(large.config), sizes, replace(index_map, layers=layers))
+    return cut(large, axis_map, axis_map.sizes(large.config), sizes, index_map)
 
 
 def refitted(model: PreTrainedModel, large: PreTrainedModel, index_map: IndexMap, blocks: Tensor) -> PreTrainedModel:

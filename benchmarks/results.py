@@ -19,8 +19,8 @@ from harness import ROOT, keep, read
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from quality_figures import Figures, plot_quality
 
-PAGES = "smollm2 quality downstream bridge rules speed growth train train_scaling fetch".split()
-OWN_PAGES = ("quickstart", "curve")  # written by their own scripts
+PAGES = "curve smollm2 quality downstream bridge rules speed growth train train_scaling fetch".split()
+OWN_PAGES = ("quickstart",)  # written by its own script
 NAMES = (*OWN_PAGES, *PAGES, "align", "losses")
 PLOTS = {"smollm2": f.plot_smollm2, "quality": plot_quality, "growth": f.plot_growth}
 BEGIN, END = "<!-- quickstart:begin -->", "<!-- quickstart:end -->"

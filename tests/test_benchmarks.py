@@ -246,6 +246,7 @@ VIEWS: dict[str, Any] = {  # script → what of its figures says that all arms w
     "smollm2": lambda data: [
         len(data[key]["prune"]["in domain"]) for key in data if key.startswith("control: teacher")
     ],
+    "curve": lambda data: [len(arms) for seeds in data["pairs"].values() for arms in seeds.values()],
     "bridge": lambda data: [sum(key.startswith(f"{name} | ") for key in data) for name in ("GPT-2", "Llama")],
     "quality": lambda data: sorted({figure["seed"] for figure in data["figures"].values()}),
 }
@@ -256,6 +257,7 @@ WHOLE: dict[str, Any] = {
     "fetch": [("interpolate", True), ("prune", True)] * 2,
     "align": [("Llama, narrower", 3, 4)],
     "smollm2": [2],
+    "curve": [14],
     "bridge": [4, 4],
     "quality": [0, 1],
 }

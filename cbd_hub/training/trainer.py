@@ -7,7 +7,7 @@ Three terms, each a mean per predicted token, make up the loss:
 The last states are taken behind the final norm, as the head reads them, and the head is applied to a few hundred
 tokens at a time (:mod:`cbd_hub.losses.chunked`). DDP, FSDP and DeepSpeed prepare a model's weights around *one*
 call of its forward: under FSDP a weight used after it is a shard, under DDP one that goes unaccounted. So while a
-batch is computed, the student's forward is redirected to :class:`_Objective`, which runs student, teacher and losses
+batch is computed, the student's forward is redirected to :class:`Objective`, which runs student, teacher and losses
 inside that call. The student itself stays what is wrapped, saved and named.
 """
 
@@ -31,7 +31,7 @@ from cbd_hub.text.packing import block_batches
 from cbd_hub.training.curve import MIDDLE, Curve, Point
 from cbd_hub.training.settings import DistillationConfig
 
-__all__ = ["AnchorTrainer", "collate"]
+__all__ = ["AnchorTrainer", "Objective", "collate"]
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")  # what both models read of a batch
 _ACROSS = ("teacher_input_ids", "teacher_attention_mask", "groups")  # of a teacher with another vocabulary
@@ -99,11 +99,11 @@ class AnchorTrainer(Trainer):
             nn.Module.to(self.teacher, args.device).eval()
         self._student = model
         self._names = [name for name, _ in model.named_parameters()]  # before FSDP wraps; tied ones once
-        self._objective = _Objective(model, config, self.teacher, ends if with_hidden else None, kept_units, across)
+        self._objective = Objective(model, config, self.teacher, ends if with_hidden else None, kept_units, across)
         self.curve = curve
         self._objective.curve = curve
         self._anchor_loss: float | None = None
-        self._held_out = _Objective(model, DistillationConfig(ce=1))
+        self._held_out = Objective(model, DistillationConfig(ce=1))
         self._terms: dict[str, Tensor] = {}
         self._terms_since = 0
 
@@ -193,7 +193,7 @@ class AnchorTrainer(Trainer):
         return {name: p.detach().cpu().contiguous() for name, p in self._student.named_parameters()}
 
     def _run(
-        self, model: nn.Module, objective: "_Objective", inputs: Mapping[str, Tensor], num_items: Tensor | int | None
+        self, model: nn.Module, objective: "Objective", inputs: Mapping[str, Tensor], num_items: Tensor | int | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, differentiable, and its detached terms; `model` is the student, in whatever wrapping."""
         batch: dict[str, Any] = {name: inputs[name] for name in (*_INPUTS, *_ACROSS) if name in inputs}
@@ -231,7 +231,7 @@ class _Collator:
         return batch if self.across is None else batch | self.across.aligner.align(batch["input_ids"], batch["labels"])
 
 
-class _Objective:
+class Objective:
     """The loss of a batch, computed in place of the student's forward.
 
     Not a module: the teacher must be no part of what is trained, or DDP would broadcast it.
