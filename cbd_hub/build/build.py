@@ -6,6 +6,7 @@ killed goes on behind its last record and ends with the same chain. ``chain.json
 ``accelerate launch`` every process does the same, trains its share, and the first one writes.
 """
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -152,7 +153,7 @@ class _Build:
             if PartialState().is_main_process:
                 save_index_maps({"": index_map}, self.state / f"step-{index}.safetensors")
         else:
-            index_map = self._rank(index, teacher, axis_map, large, small, basis)
+            index_map = self._rank(index, parent, teacher, axis_map, small, basis)
             blocks = self.inputs.refit_blocks() if self.recipe.refit else None
             student, cut_loss = cut_student(
                 teacher, axis_map, small, index_map, blocks, self.inputs.validation, self.progress
@@ -188,17 +189,18 @@ class _Build:
         )
 
     def _rank(
-        self, index: int, teacher: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, basis: str
+        self, index: int, parent: Anchor, teacher: PreTrainedModel, axis_map: AxisMap, small: Sizes, basis: str
     ) -> IndexMap:
-        """Which units are kept; written down at once, since it takes minutes and decides everything after it."""
+        """Which units are kept; written down at once, since it takes minutes; made again where it would differ."""
         record = self.state / f"ranking-{index}.json"
         maps = self.state / f"step-{index}.safetensors"
-        fingerprint = step_fingerprint(self.recipe, index)
+        blocks = self.inputs.calibration()
+        fingerprint = _ranking_fingerprint(parent, small, basis, blocks)
         if record.is_file():
             saved = json.loads(record.read_text(encoding="utf-8"))
-            if saved["fingerprint"] == fingerprint:
+            if saved["fingerprint"] in (fingerprint, step_fingerprint(self.recipe, index)):  # an earlier version's
                 return read_index_map(saved["layers"], maps)
-        blocks = self.inputs.calibration()
+        large = axis_map.sizes(teacher.config)
         index_map = rank(teacher, axis_map, large, small, blocks, basis == "pca", self.progress)
         if PartialState().is_main_process:
             record.unlink(missing_ok=True)  # it never stands beside maps that are not its own
@@ -299,6 +301,14 @@ def _empty(folder: Path) -> None:
 def _all_of(problems: list[str]) -> str:
     """Problems with their numbers."""
     return f"{len(problems)} things stop this build: " + "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
+
+
+def _ranking_fingerprint(parent: Anchor, small: Sizes, basis: str, blocks: Tensor | None) -> str:
+    """A SHA-256 over all that decides a ranking: how the anchor is trained afterwards plays no part."""
+    weights = {name: file.sha256 for name, file in parent.files.items() if name.endswith(".safetensors")}
+    text = None if blocks is None else hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
+    decisive = {"weights": weights, "small": dict(small), "basis": basis, "calibration": text}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -260,6 +260,23 @@ def test_the_saved_ranking_decides_and_one_of_another_recipe_does_not(tmp_path: 
     assert digests(tmp_path / "chain") == digests(tmp_path / "fresh")
 
 
+def test_a_ranking_outlives_another_learning_rate_and_not_another_shape(tmp_path: Path) -> None:
+    source_folder(tmp_path / "source", "llama")
+    folder, record = tmp_path / "chain", tmp_path / "chain" / ".build" / "ranking-1.json"
+    recipe = cut_recipe(tmp_path / "source", {"shape": {"num_hidden_layers": 2, "intermediate_size": 56}})
+    build_chain(recipe, folder)
+    for change, kept in (({"distillation": {**recipe["distillation"], "learning_rate": 3e-3}}, True), ({}, True)):
+        before = record.read_bytes(), record.stat().st_mtime_ns
+        (folder / ".build" / "step-1.json").unlink()
+        build_chain({**recipe, **change}, folder)
+        assert ((record.read_bytes(), record.stat().st_mtime_ns) == before) is kept
+    (folder / ".build" / "step-1.json").unlink()
+    other = cut_recipe(tmp_path / "source", {"shape": {"num_hidden_layers": 2, "intermediate_size": 48}})
+    again = build_chain(other, folder).manifest.anchors[1]
+    assert (record.read_bytes(), record.stat().st_mtime_ns) != before
+    assert again == build_chain(other, tmp_path / "fresh").manifest.anchors[1]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_ten_times_at_random(tmp_path: Path) -> None:
