@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, tqdm
 
-__all__ = ["counter", "progress_bar", "stage_line"]
+__all__ = ["counter", "progress_bar", "stage_line", "transformers_bars_off"]
 
 Item = TypeVar("Item")
 _GROUP = "cbd_hub"
@@ -83,6 +83,25 @@ def progress_bar(
             except GeneratorExit:  # the loop was left early: the stage is finished all the same
                 break
             add(1)
+
+
+@contextmanager
+def transformers_bars_off(enabled: bool = True) -> Iterator[None]:
+    """Keeps transformers' own bars, of loading and saving a model, away for as long as the context lasts.
+
+    Args:
+        enabled: False changes nothing.
+    """
+    from transformers.utils import logging
+
+    off = enabled and logging.is_progress_bar_enabled()
+    if off:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if off:
+            logging.enable_progress_bar()
 
 
 def stage_line(text: str, enabled: bool = True) -> None:

@@ -11,7 +11,7 @@ import termios
 
 import pytest
 
-from cbd_hub.progress import progress_bar
+from cbd_hub.progress import progress_bar, transformers_bars_off
 
 LOOP = "from cbd_hub.progress import *; print(list(progress_bar(range(3), 'counting', unit='number')))"
 BYTES = "from cbd_hub.progress import *\nwith counter('fetching', 2_500_000, unit='B') as add: add(2_500_000)"
@@ -89,3 +89,24 @@ def test_progress_that_is_not_wanted_shows_nothing() -> None:
 
 def test_a_generator_is_passed_on() -> None:
     assert list(progress_bar((x * x for x in range(4)), "squaring", total=4)) == [0, 1, 4, 9]
+
+
+def test_transformers_bars_stay_away_for_a_while_and_come_back() -> None:
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    try:
+        logging.enable_progress_bar()
+        with transformers_bars_off():
+            assert not logging.is_progress_bar_enabled()
+        with pytest.raises(ZeroDivisionError), transformers_bars_off():
+            _ = 1 / 0
+        assert logging.is_progress_bar_enabled()
+        with transformers_bars_off(enabled=False):
+            assert logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        with transformers_bars_off():
+            pass
+        assert not logging.is_progress_bar_enabled()  # as it was
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()

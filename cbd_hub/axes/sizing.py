@@ -19,6 +19,7 @@ from cbd_hub.errors import AxisMapError, SizeError
 
 __all__ = [
     "MULTIPLES",
+    "ROUND",
     "WAYPOINTS",
     "Sizes",
     "as_real",
@@ -37,6 +38,10 @@ MULTIPLES: Mapping[int, float] = {128: 0.0, 64: 0.0, 32: 0.01, 16: 0.02, 8: 0.04
 """Multiples that widths are rounded to → the price of that multiple, in units of deviation from the ideal shape
 (1 = the whole way between the two neighbors). Tensor cores like 64 and more; below 8 only as a last resort."""
 
+ROUND: Sequence[int] = (256, 64, 32)
+"""Multiples that widths are rounded to wherever the tolerance allows, the first that it does: formats such as Q4_K_M
+store rows in blocks of 256 numbers, Q8_0 and Q4_0 in blocks of 32, and leave rows that are no multiple in 16 bits."""
+
 WAYPOINTS: Sequence[Mapping[str, float]] = (
     {"ffn": 5 / 6},
     {"ffn": 1 / 2, "layers": 5 / 8},
@@ -50,6 +55,7 @@ enough to meet a count. Measured on SmolLM2-135M: per parameter removed,
 ffn units cost the least loss, width and depth about twice as much, heads the most (docs/design-notes.md)."""
 
 _GOAL = 0.002
+_ASTRAY = 0.25  # how far from the line round widths may lead, as deviation below
 _MOST = 10**15
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
@@ -180,13 +186,16 @@ def solve(
     multiples: Mapping[int, float] = MULTIPLES,
     shallow: bool = True,
     accept: Callable[[Sizes], bool] = lambda sizes: True,
+    round_widths: bool = False,
 ) -> dict[str, int]:
     """Returns the sizes between two neighbors that have ``target`` parameters.
 
     Every axis in which the neighbors differ is moved along the straight line between them, as far as whole KV groups
     and hardware-friendly multiples allow; layers are added last, when the other axes cannot carry the count
     (``shallow``), or along the line as well. The finest axis then meets the count. Shapes within 0.2 % of the target
-    come first; if there is none, the nearest count within ``tolerance``.
+    come first; if there is none, the nearest count within ``tolerance``. With ``round_widths``, widths that are
+    multiples of 256, else of 64, else of 32 come before nearness, wherever the tolerance has a shape of as few layers
+    (or as near to the line) with them.
 
     Args:
         axis_map: The resolved map of the family.
@@ -198,6 +207,7 @@ def solve(
         shallow: Prefer the fewest layers. Right for interpolated models, where a layer that only the large anchor has
             disturbs more than ffn units that only it has (measured: docs/design-notes.md).
         accept: Leaves out sizes for which it is False.
+        round_widths: Prefer the multiples of :data:`ROUND` for the hidden and ffn sizes in which the neighbors differ.
 
     Cost: at most a few tens of milliseconds; integers only.
 
@@ -222,6 +232,23 @@ def solve(
         for n in range(small["layers"], large["layers"] + 1)
         if count_parameters(axis_map, {**large, "layers": n}) >= target
     )
+
+    def deviation(sizes: Sizes) -> float:
+        """How far from the line, 1 is the whole way between the neighbors."""
+        return max((abs(sizes[a] - ideal[a]) / (large[a] - small[a]) for a in along_line), default=0.0)
+
+    widths = [a for a in ("hidden", "ffn") if small.get(a) != large.get(a)]
+    for axes, multiple in itertools.product(
+        (widths, widths[1:]), ROUND if round_widths else ()
+    ):  # all; then ffn alone
+        found: list[tuple[tuple[float, ...], dict[str, int]]] = []
+        for count, sizes in _candidates(axis_map, target, small, large, ideal, multiple):
+            error, astray = abs(count - target) / target, deviation(sizes)
+            fits = error <= tolerance and astray <= _ASTRAY and not any(sizes[a] % multiple for a in axes)
+            if axes and fits and (not shallow or sizes["layers"] <= fewest) and accept(sizes):
+                found.append(((sizes["layers"] if shallow else 0, round(astray, 2), error), sizes))
+        if found:
+            return min(found, key=lambda each: each[0])[1]
     best: tuple[tuple[float, int, float], dict[str, int]] | None = None
     nearest_count: tuple[int, dict[str, int]] | None = None
     for multiple, price in sorted(multiples.items(), key=lambda item: item[1]):
@@ -239,8 +266,7 @@ def solve(
                 nearest_count = (count, sizes)
             if error > tolerance or not accept(sizes):
                 continue
-            deviation = max((abs(sizes[a] - ideal[a]) / (large[a] - small[a]) for a in along_line), default=0.0)
-            score = (max(0.0, error - _GOAL), sizes["layers"] if shallow else 0, deviation + price)
+            score = (max(0.0, error - _GOAL), sizes["layers"] if shallow else 0, deviation(sizes) + price)
             if best is None or score < best[0]:
                 best = (score, sizes)
     if best is not None:
@@ -271,11 +297,12 @@ def ladder(
     target: int,
     tolerance: float = 0.01,
     waypoints: Sequence[Mapping[str, float]] = WAYPOINTS,
+    round_widths: bool = False,
 ) -> dict[str, int]:
     """Returns the sizes of the next smaller anchor: ``target`` parameters, taken from ``large`` in a stated order.
 
     The waypoints are walked until the target lies between two of them; :func:`solve` finds the shape there, among
-    those from which every size up to ``large`` is reached (:func:`gap_free`).
+    those from which every size up to ``large`` is reached (:func:`gap_free`), ``round_widths`` as it says.
 
     Raises:
         SizeError: ``target`` is not below ``large``, or below the last waypoint.
@@ -293,11 +320,12 @@ def ladder(
             def accept(sizes: Sizes) -> bool:
                 return gap_free(axis_map, sizes, large, tolerance)
 
+            how: dict[str, Any] = {"shallow": False, "accept": accept, "round_widths": round_widths}
             try:
-                return solve(axis_map, target, lower, upper, tolerance, shallow=False, accept=accept)
+                return solve(axis_map, target, lower, upper, tolerance, **how)
             except SizeError:  # steps of the coarse axes too wide here: give the fine axis more room
                 room = {**lower, "ffn": max(1, lower["ffn"] // 2)}, {**upper, "layers": large["layers"]}
-                return solve(axis_map, target, *room, tolerance, shallow=False, accept=accept)
+                return solve(axis_map, target, *room, tolerance, **how)
         upper = lower
     raise SizeError(
         f"{format_count(target)} parameters is too far below {format_count(count_parameters(axis_map, large))} for "

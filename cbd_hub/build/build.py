@@ -9,6 +9,7 @@ killed goes on behind its last record and ends with the same chain. ``chain.json
 import hashlib
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -26,12 +27,12 @@ from cbd_hub.alignment.ready_made import check_layers, check_neighbors, load_rea
 from cbd_hub.axes.architectures import axis_map_for, register_axis_map
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes, count_parameters, format_count
-from cbd_hub.build.begun import as_begun, list_changes
+from cbd_hub.build.begun import as_begun, list_changes, step_fingerprint
 from cbd_hub.build.bridge import build_anchor_zero
 from cbd_hub.build.check import anchor_sizes, check_inputs
 from cbd_hub.build.finish import BRIDGE_RECORD, STATE, finish_chain
 from cbd_hub.build.inputs import BuildInputs
-from cbd_hub.build.recipe import AnchorSpec, Recipe, load_recipe, step_fingerprint
+from cbd_hub.build.recipe import AnchorSpec, Recipe, load_recipe
 from cbd_hub.build.students import curve_to_train, cut_student
 from cbd_hub.chain.chain import Chain
 from cbd_hub.errors import OutputExistsError, RecipeError
@@ -44,7 +45,7 @@ from cbd_hub.interpolation.pair import Pair
 from cbd_hub.manifest import manifest as manifests
 from cbd_hub.manifest.index_maps import IndexMap, read_index_map, save_index_maps
 from cbd_hub.manifest.manifest import Anchor, ControlPoint, Training
-from cbd_hub.progress import stage_line
+from cbd_hub.progress import stage_line, transformers_bars_off
 from cbd_hub.training.curve import is_better, save_control_point
 from cbd_hub.training.distill import distill
 
@@ -349,7 +350,7 @@ def build_chain(
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / STATE).is_dir())):
         raise OutputExistsError(f"{output} exists and holds no build; name a new folder (nothing was changed)")
     lock = locked_folder(output, "start this one") if PartialState().is_main_process else nullcontext()
-    with clear_full_disk(output), lock:
+    with clear_full_disk(output), lock, transformers_bars_off(not (progress and sys.stderr.isatty())):
         chain = _build_chain(loaded, base, output, resume, progress)
     if PartialState().is_main_process and (hub := loaded.hub):  # outside of the lock, which publishing takes itself
         chain.push_to_hub(hub.repo_id, hub.private, license=hub.license, progress=progress)

@@ -268,7 +268,8 @@ def anchor_sizes(
     named = {axis for point in recipe.spread.waypoints for axis in point}
     if unknown := named - set(large) - {"kv_heads"}:  # which not every family has, and the default names
         raise RecipeError(f"spread.waypoints names {sorted(unknown)[0]!r}; axes here: {', '.join(large)}")
-    return ladder(axis_map, large, target, waypoints=recipe.spread.waypoints)
+    spread = recipe.spread
+    return ladder(axis_map, large, target, waypoints=spread.waypoints, round_widths=spread.round_widths)
 
 
 def _next(

@@ -67,12 +67,13 @@ def finish_chain(
     if recipe.bridge is not None:
         bridge = Bridge.model_validate_json((folder / STATE / BRIDGE_RECORD).read_text(encoding="utf-8"))
     manifest = Manifest(
-        format=Manifest.needed_format(anchors),
+        format=Manifest.needed_format(anchors, recipe.spread.round_widths),
         name=recipe.name,
         architecture=config.model_type,
         axis_map=json.loads(json.dumps(axis_map.to_dict())),
         basis=basis,  # type: ignore[arg-type]
         layers_last=recipe.spread.layers_last,
+        round_widths=recipe.spread.round_widths or None,
         source=inputs.source_name,
         source_revision=recipe.source.revision,
         bridge=bridge,

@@ -83,7 +83,8 @@ def _fit_all(opened: Chain, inputs: BuildInputs, config: AnchorDistillation, pro
         anchors.append(small if small.bent else _fit(opened, inputs, config, large, small, progress))
     if PartialState().is_main_process:
         # measured by the files' own hashes: the chain's checksums stay until its manifest is written as well
-        update = {"anchors": anchors, "format": Manifest.needed_format(anchors), "checksums": None}
+        needed = Manifest.needed_format(anchors, opened.manifest.round_widths)
+        update = {"anchors": anchors, "format": needed, "checksums": None}
         measured = measure_chain(opened.manifest.model_copy(update=update), inputs, folder, progress)
         checksums = write_checksums(folder, anchors)
         write_description(measured.model_copy(update={"checksums": checksums}), folder)

@@ -3,8 +3,6 @@
 A key that is not known is refused with the nearest known name, before anything is trained.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +30,6 @@ __all__ = [
     "TrainTokenizer",
     "load_recipe",
     "short_recipe",
-    "step_fingerprint",
 ]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -136,6 +133,8 @@ class Spread(Settings):
     :data:`cbd_hub.axes.sizing.WAYPOINTS`. An anchor's own ``shape`` overrides them."""
     layers_last: bool = True
     """For models between two anchors: add ffn units before layers; False moves every axis along the straight line."""
+    round_widths: bool = True
+    """For both: widths that are multiples of 256, 64 or 32 wherever the size may be had with them."""
 
 
 class EvaluationConfig(Settings):
@@ -305,21 +304,6 @@ def short_recipe(
         "anchors": specs,
         **({} if tokens is None else {"distillation": {"tokens": tokens}}),
     }
-
-
-def step_fingerprint(recipe: Recipe, index: int) -> str:
-    """Returns a SHA-256 over all that decides step ``index`` (0 is the source): later anchors play no part."""
-    without = {"hub", "license", "anchors", "evaluation"} | ({"distillation"} if index == 0 else set())
-    parts = recipe.model_dump(mode="json", exclude=without)
-    parts["anchors"] = [a.model_dump(mode="json") for a in recipe.anchors[:index]]
-    parts["evaluation_tokens"] = recipe.evaluation.tokens
-    if parts["bridge"] is None:  # a build of an older recipe goes on where it stopped
-        del parts["bridge"]
-    if parts.get("distillation", {}).get("control_point", 0) is None:
-        del parts["distillation"]["control_point"]
-    if parts["source"]["served"] is None:
-        del parts["source"]["served"]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _check(data: Any, where: str) -> Recipe:

@@ -21,6 +21,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from cbd_hub.axes.disk_size import QUANTS, disk_size, format_bytes
 from cbd_hub.axes.sizing import format_count, parse_count, solve
 from cbd_hub.errors import SizeError
 from cbd_hub.interpolation.plan import Plan
@@ -53,8 +54,9 @@ def chain_card(manifest: Manifest, repo_id: str | None = None, *, folder: Path |
     results = [r for anchor in manifest.anchors for r in _results(manifest, anchor.evaluation, f" of {anchor.name}")]
     return _render(
         "chain.md.jinja",
-        _metadata(manifest, _TAGS, _repo_ids([manifest.source]), manifest.name, results),
+        _metadata(manifest, _TAGS, _repo_ids([manifest.source]), manifest.name, results, library="cbd-hub"),
         manifest=manifest,
+        sizes=_sizes(manifest),
         place=repo_id or ".",
         size=_example_size(manifest),
         picture=CURVE_PICTURE if folder is not None and (folder / CURVE_PICTURE).is_file() else None,
@@ -91,6 +93,7 @@ def anchor_card(
             _repo_ids([parent.repo_id if parent else None]) or _repo_ids([manifest.source]),
             f"{manifest.name}-{anchor.name}",
             _results(manifest, anchor.evaluation),
+            "finetune",
         ),
         manifest=manifest,
         anchor=anchor,
@@ -203,7 +206,9 @@ def _metadata(
     name: str,
     results: list[EvalResult],
     relation: str | None = None,
+    library: str = "transformers",
 ) -> ModelCardData:
+    """What the Hub reads; a repository of another library has no config.json at its top, and so no pipeline."""
     more: dict[str, Any] = {"model_name": name, "eval_results": results} if results else {}
     if base_model and relation:
         more["base_model_relation"] = relation
@@ -214,8 +219,8 @@ def _metadata(
         )
     dataset = _dataset(manifest)
     return ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
+        library_name=library,
+        pipeline_tag="text-generation" if library == "transformers" else None,
         tags=list(tags),
         base_model=base_model[0] if len(base_model) == 1 else base_model or None,
         datasets=[dataset] if dataset else None,
@@ -269,6 +274,25 @@ def _example_size(manifest: Manifest) -> str | int:
             continue
         return size
     return anchors[-1].num_parameters
+
+
+def _sizes(manifest: Manifest) -> list[dict[str, Any]]:
+    """What can be had: anchors and the sizes that were measured between them, with their bytes on disk."""
+    axis_map, anchors = manifest.resolved_axis_map, manifest.anchors
+    found = [(a.num_parameters, "anchor", a.evaluation.loss if a.evaluation else None) for a in anchors]
+    found += [(p.num_parameters, p.method, p.loss) for p in manifest.curve]
+    found.sort(key=lambda row: row[0])
+    rows: list[dict[str, Any]] = [dict(zip(("count", "made", "loss"), row, strict=True)) for row in found]
+    for row in rows:
+        small = next((a for a in anchors if a.num_parameters <= row["count"]), anchors[-1])
+        large = next((a for a in reversed(anchors) if a.num_parameters >= row["count"]), anchors[0])
+        pair = manifest.sizes(small), manifest.sizes(large)
+        try:
+            sizes = solve(axis_map, row["count"], *pair, tolerance=0.0, shallow=manifest.layers_last)
+            row["bytes"] = [format_bytes(disk_size(axis_map, sizes, quant)) for quant in QUANTS]
+        except SizeError:  # a manifest is not trusted
+            row["bytes"] = []
+    return rows
 
 
 def _common(manifest: Manifest) -> dict[str, int]:
@@ -333,6 +357,7 @@ def _environment() -> Environment:
         "count": format_count,
         "shape": _shape,
     }
+    environment.globals["QUANTS"] = QUANTS
     return environment
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
@@ -23,6 +22,7 @@ from cbd_hub.interpolation.operations import TensorOp, list_operations
 from cbd_hub.interpolation.pair import Pair
 from cbd_hub.interpolation.tensors import Bend, combine, expand, rescale
 from cbd_hub.manifest.index_maps import IndexMap
+from cbd_hub.progress import transformers_bars_off
 
 __all__ = [
     "Read",
@@ -216,18 +216,6 @@ def target_config(config: PreTrainedConfig, pair: Pair, target: Sizes) -> PreTra
         raise SizeError(f"transformers refuses the shape {dict(shape)}: {error}") from error
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keeps transformers' own bar away for a moment."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
 def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
     """Makes a transformers model around tensors (which it then shares, without a copy), in eval mode.
 
@@ -238,7 +226,7 @@ def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype:
         model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
     except KeyError:
         raise AxisMapError(f"transformers has no causal language model for {type(config).__name__}") from None
-    with _no_progress_bar():  # nothing is loaded here: the tensors are there
+    with transformers_bars_off():  # nothing is loaded here: the tensors are there
         loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )

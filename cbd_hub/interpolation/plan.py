@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,10 @@ FAR = 0.25
 """Share of a pair's span: where no measured size is nearer, a plan says that its expected loss is a guess."""
 
 _SNAP = 0.001
+
+
+_INDENT = " " * 11
+_SHAPE: dict[str, Any] = {"initial_indent": "shape      ", "subsequent_indent": _INDENT, "break_on_hyphens": False}
 
 
 @dataclass(frozen=True)
@@ -113,33 +118,28 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        """A table for a person; layers of one pattern share a line."""
+        """Tables for a person, 80 columns wide: one for each way that tensors are made, a line for each pattern."""
         source = f"anchor {self.large!r} as it is"
         if self.method != "anchor":
             source = f"{self.method} between {self.small!r} and {self.large!r}, at position {self.position:.3f}"
         expected = "not measured" if self.expected_loss is None else f"{self.expected_loss:.3f} nats a token expected"
         lines = [
             f"model      {format_count(self.num_parameters)} parameters ({self.num_parameters:,})",
-            "shape      " + ", ".join(f"{name} {value}" for name, value in self.shape.items()),
-            f"made by    {source}",
+            fill(", ".join(f"{name}\xa0{n}" for name, n in self.shape.items()), 80, **_SHAPE).replace("\xa0", " "),
+            fill(source, 80, initial_indent="made by    ", subsequent_indent=_INDENT),
             f"alpha      {self.alpha:.3f} (weight of the small anchor)",
             f"to read    {self.bytes_to_read / 1e6:,.1f} MB of weights "
             f"({self.bytes_to_fetch / 1e6:,.1f} MB to fetch where nothing is cached)",
             "on disk    " + ", ".join(f"{format_bytes(self.disk_size(q))} as {q}" for q in QUANTS),
             f"loss       {expected}",
-            *(f"note       {note}" for note in self.notes),
-            "",
+            *(fill(note, 80, initial_indent="note       ", subsequent_indent=_INDENT) for note in self.notes),
         ]
-        shapes: dict[str, str] = {}
-        kinds: dict[str, Counter[str]] = {}
-        for op in self.operations:
-            shapes[op.pattern] = " x ".join(map(str, op.shape))
-            kinds.setdefault(op.pattern, Counter())[op.kind] += 1
+        shapes = {op.pattern: " x ".join(map(str, op.shape)) for op in self.operations}
         width, wide = max(map(len, shapes)), max(map(len, shapes.values()))
-        lines.append(f"{'tensor':<{width}}  {'shape':<{wide}}  made from (tensors)")
-        for pattern, shape in shapes.items():
-            made = ", ".join(f"{kind} ({count})" for kind, count in kinds[pattern].items())
-            lines.append(f"{pattern:<{width}}  {shape:<{wide}}  {made}")
+        for kind in dict.fromkeys(op.kind for op in self.operations):
+            lines += ["", f"tensors = {kind}"]
+            counts = Counter(op.pattern for op in self.operations if op.kind == kind)
+            lines += [f"  {name:<{width}}  {shapes[name]:<{wide}}  {count}" for name, count in counts.items()]
         return "\n".join(lines)
 
 
@@ -279,7 +279,8 @@ def _pair_for_count(
     i = next(i for i, count in enumerate(counts) if count < target)
     small, large = anchors[i], anchors[i - 1]
     pair = manifest.sizes(small), manifest.sizes(large)
-    return small, large, solve(axis_map, target, *pair, tolerance, shallow=manifest.layers_last)
+    how = {"shallow": manifest.layers_last, "round_widths": bool(manifest.round_widths)}
+    return small, large, solve(axis_map, target, *pair, tolerance, **how)  # type: ignore[arg-type]
 
 
 def _pair_for_memory(

@@ -59,8 +59,8 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT = 2
-"""The latest manifest format that this version reads. It writes 2 for a chain with control points, else 1."""
+FORMAT = 3
+"""The latest manifest format that this version reads. See :meth:`Manifest.needed_format` for the one it writes."""
 
 MANIFEST_NAME = "chain.json"
 """The manifest's file, at the top of a chain."""
@@ -169,7 +169,7 @@ class Anchor(Strict):
 class Manifest(Strict):
     """``chain.json``."""
 
-    format: Literal[1, 2] = 1
+    format: Literal[1, 2, 3] = 1
     name: Name
     architecture: str
     """``model_type`` of the transformers config."""
@@ -179,6 +179,8 @@ class Manifest(Strict):
     """Whether the residual stream was rotated into the PCA basis of its activations."""
     layers_last: bool = True
     """Whether models in between take ffn units before layers (:func:`cbd_hub.axes.sizing.solve`)."""
+    round_widths: Literal[True] | None = None
+    """Whether their widths are multiples of 256, 64 or 32 wherever the tolerance allows; None in earlier chains."""
     source: str
     """What the chain was made from: a repo id, a folder's name, or ``trained from scratch``."""
     source_revision: str | None = None
@@ -228,9 +230,9 @@ class Manifest(Strict):
         return [] if source is None else [name for name, loss in losses.items() if loss < source - 0.01]
 
     @staticmethod
-    def needed_format(anchors: Iterable[Anchor]) -> Literal[1, 2]:
-        """Returns 2 where an anchor has a control point, which older versions cannot read, else 1."""
-        return 2 if any(anchor.control_point is not None for anchor in anchors) else 1
+    def needed_format(anchors: Iterable[Anchor], round_widths: bool | None) -> Literal[1, 2, 3]:
+        """Returns the format that says what a reader must know: 3 round widths, 2 control points, 1 neither."""
+        return 3 if round_widths else 2 if any(anchor.control_point is not None for anchor in anchors) else 1
 
     def sizes(self, anchor: Anchor) -> dict[str, int]:
         """Returns the axis sizes of an anchor."""
@@ -316,8 +318,8 @@ class Manifest(Strict):
                         f"{axis_map.largest_rank(large)} is possible"
                     )
             previous = anchor
-        if self.format != self.needed_format(self.anchors):
-            raise ValueError(f"a chain with these anchors has format {self.needed_format(self.anchors)}")
+        if self.format != (needed := self.needed_format(self.anchors, self.round_widths)):
+            raise ValueError(f"a chain with these anchors has format {needed}")
         if len({a.name for a in self.anchors}) != len(self.anchors):
             raise ValueError("two anchors have the same name")
         return self
@@ -351,8 +353,8 @@ def read_manifest(path: Path) -> Manifest:
             f"{path} has format {version}; this cbd_hub reads formats up to {FORMAT}. "
             "Upgrade it: pip install -U cbd_hub"
         )
-    if version not in (1, FORMAT):
-        raise ManifestError(f"{path} has format {version!r}; expected 1 or {FORMAT}")
+    if version not in range(1, FORMAT + 1):
+        raise ManifestError(f"{path} has format {version!r}; expected 1 to {FORMAT}")
     try:
         return Manifest.model_validate_json(json.dumps(data))
     except ValidationError as error:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.axis_map import AxisMap
-from cbd_hub.axes.sizing import count_parameters, format_count, ladder, parse_count, solve
+from cbd_hub.axes.sizing import ROUND, count_parameters, format_count, ladder, parse_count, solve
 from cbd_hub.errors import SizeError
 
 PUBLISHED = {
@@ -278,6 +278,60 @@ def test_tiny_models_are_met_or_refused(variant: str) -> None:
             nearest = int(re.search(r"nearest size is (\d+)", str(error)).group(1))  # type: ignore[union-attr]
             assert abs(nearest - target) > 0.01 * target
             assert count_parameters(axis_map, solve(axis_map, nearest, small, large)) == nearest
+
+
+# -- widths that quantized formats store whole ------------------------------------------------------------------------
+
+
+def roundness(sizes: dict[str, int], like: dict[str, int]) -> int:
+    """The largest of the preferred multiples that divides every width in which two sizes differ; 1 for none."""
+    widths = [sizes[axis] for axis in ("hidden", "ffn") if sizes[axis] != like[axis]]
+    return next((m for m in ROUND if all(width % m == 0 for width in widths)), 1)
+
+
+@each_family
+def test_round_widths_are_taken_wherever_the_tolerance_has_them(family: str) -> None:
+    axis_map, _ = published(family)
+    for small, large in pairs(family):
+        low, high = count_parameters(axis_map, small), count_parameters(axis_map, large)
+        for i in range(1, 9):
+            target = low + (high - low) * i // 9
+            nearest, sizes = (solve(axis_map, target, small, large, round_widths=on) for on in (False, True))
+            axis_map.check_sizes(sizes)
+            assert all(small[a] <= sizes[a] <= large[a] for a in sizes)
+            assert abs(count_parameters(axis_map, sizes) - target) <= 0.01 * target
+            assert sizes["layers"] <= nearest["layers"]  # a round width is not worth a layer
+            taken = next(m for m in (*ROUND, 1) if sizes["ffn"] % m == 0)
+            for better in ROUND[: (*ROUND, 1).index(taken)] if small["hidden"] == large["hidden"] else ():
+                for ffn in range(-(-small["ffn"] // better) * better, large["ffn"] + 1, better):
+                    assert abs(count_parameters(axis_map, {**sizes, "ffn": ffn}) - target) > 0.01 * target
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_models_of_a_usual_size_always_get_a_multiple_of_32(family: str) -> None:
+    axis_map, large = published(family)
+    count, found = count_parameters(axis_map, large), []
+    small = ladder(axis_map, large, round(0.7 * count), round_widths=True)
+    for percent in range(71, 100):
+        found.append(roundness(solve(axis_map, count * percent // 100, small, large, round_widths=True), large))
+        found.append(roundness(ladder(axis_map, large, count * percent // 100, round_widths=True), large))
+    assert min(found) >= 32 and found.count(256) >= len(found) // 5
+
+
+@pytest.mark.parametrize("variant", [*FAMILIES, *VARIANTS])
+def test_round_widths_cost_a_tiny_model_none_of_its_targets(variant: str) -> None:
+    family, overrides = VARIANTS.get(variant, (variant, {}))
+    config = tiny_config(family, **overrides)
+    axis_map = axis_map_for(config)
+    large = axis_map.sizes(config)
+    small = {**large, "ffn": large["ffn"] // 2}
+    low, high = count_parameters(axis_map, small), count_parameters(axis_map, large)
+    for target in range(low, high + 1, max(1, (high - low) // 7)):
+        results = []
+        for on in (False, True):
+            with contextlib.suppress(SizeError):
+                results.append(count_parameters(axis_map, solve(axis_map, target, small, large, round_widths=on)))
+        assert len(results) in (0, 2) and all(abs(count - target) <= 0.01 * target for count in results)
 
 
 # -- ladder -----------------------------------------------------------------------------------------------------------

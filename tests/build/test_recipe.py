@@ -11,7 +11,6 @@ from cbd_hub.build.recipe import (
     Recipe,
     TrainTokenizer,
     load_recipe,
-    step_fingerprint,
 )
 from cbd_hub.errors import RecipeError
 
@@ -188,27 +187,3 @@ def test_merge_keys_of_yaml_are_no_duplicates(tmp_path: Path) -> None:
         "name: a\nsource: {model: org/model}\ndistillation: {tokens: 0}\nanchors: [{<<: {init: a/b}, tokens: 0}]\n"
     )
     assert load_recipe(path)[0].anchors == [AnchorSpec(init="a/b", tokens=0)]
-
-
-def prints(recipe: dict[str, Any]) -> list[str]:
-    read = load_recipe(recipe)[0]
-    return [step_fingerprint(read, i) for i in range(len(read.anchors) + 1)]
-
-
-def test_a_step_depends_on_what_came_before_it_alone() -> None:
-    before = prints(trained())
-    assert len(set(before)) == 3 and all(len(digest) == 64 for digest in before)
-
-    def changed(**changes: Any) -> list[bool]:
-        return [one != other for one, other in zip(before, prints(trained(**changes)), strict=False)]
-
-    assert changed(anchors=[0.7, 0.6]) == [False, False, True]
-    assert changed(anchors=[0.7, 0.5, 0.5]) == [False, False, False]
-    assert changed(anchors=[0.6, 0.5]) == [False, True, True]
-    assert changed(anchors=[{"fraction": 0.7, "tokens": 5}, 0.5]) == [False, True, True]
-    assert changed(distillation={"tokens": 2000}) == [False, True, True]
-    assert changed(source={"train": {"config": {"hidden_size": 8}}}) == [True, True, True]
-    for key, value in {"name": "x", "dtype": "float16", "data": {"text_files": "x"}, "calibration_tokens": 1}.items():
-        assert changed(**{key: value}) == [True, True, True], key
-    for key, value in {"license": "mit", "hub": {"repo_id": "a/b"}, "evaluation": {"curve_points": 1}}.items():
-        assert changed(**{key: value}) == [False, False, False], key

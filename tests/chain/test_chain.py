@@ -687,8 +687,8 @@ def test_exactly_one_size(chain_of: Callable[..., Path]) -> None:
 
 
 def test_a_later_format(llama: Path) -> None:
-    edit_manifest(llama, "format", value=3)
-    assert "has format 3; this cbd_hub reads formats up to 2. Upgrade it" in refused(llama, ManifestError)
+    edit_manifest(llama, "format", value=4)
+    assert "has format 4; this cbd_hub reads formats up to 3. Upgrade it" in refused(llama, ManifestError)
 
 
 @pytest.mark.parametrize(

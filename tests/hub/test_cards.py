@@ -112,7 +112,10 @@ def test_a_chains_card_lists_its_anchors() -> None:
     assert cells(card, "`small`") == row
     assert cells(card, "`large`")[4:6] == ["3.0000", "20.086"]
     assert "All anchors share: hidden_size 48, num_hidden_layers 3" in card.text
-    assert cells(card, "49,392") == ["49,392", "interpolate", "3.2000"]
+    assert cells(card, "49,392") == ["49,392", "interpolate", "3.2000", "98.8 kB", "95.1 kB", "93.4 kB"]
+    assert cells(card, "58,032")[:4] == ["58,032", "anchor", "3.0000", "116 kB"]
+    sizes = card.text.partition("## Sizes")[2]
+    assert sizes.index("| 40,752 |") < sizes.index("| 49,392 |") < sizes.index("| 58,032 |")
     assert "| `small` | `large` | – | 4.5000 | 3.2500 | 77 | 5 |" in card.text
     assert cells(card, "torch") == ["torch", "2.13.0"]
     assert [yaml.safe_load(text) for text in code(card, "yaml")] == [manifest.recipe]
@@ -195,7 +198,7 @@ def test_an_unaligned_anchor_is_called_that() -> None:
 @pytest.mark.parametrize(
     ("method", "said", "blended"),
     [
-        ("interpolate", "averaged: 0.5 x `small` + 0.5 x `large`, units that only the larger one has keep", True),
+        ("interpolate", "0.5 x `large`, and what units of the larger one alone write into the residual stream", True),
         ("paper", "averaged: 0.5 x `small` + 0.5 x `large`, missing units of the smaller one counted as zero", True),
         ("expand", "The smaller anchor `small` was placed in a larger frame", False),
         ("prune", "A subset of the units of the larger anchor `large`", False),
@@ -267,8 +270,11 @@ def test_metadata_goes_through_model_card_and_back(tmp_path: Path) -> None:
         again = ModelCard.load(tmp_path / f"{name}.md")
         assert again.data.to_dict() == card.data.to_dict()
         assert again.text == card.text
-        assert again.data.library_name == "transformers"
-        assert again.data.pipeline_tag == "text-generation"
+        whole = name != "chain"  # whose repository has no config.json, so that no pipeline can run it
+        assert again.data.library_name == ("transformers" if whole else "cbd-hub")
+        assert again.data.pipeline_tag == ("text-generation" if whole else None)
+        relation = {"chain": None, "anchor": "finetune", "model": "merge"}[name]
+        assert getattr(again.data, "base_model_relation", None) == relation
         assert again.data.license == "apache-2.0"
         assert again.data.datasets == ["org/text"]
         assert {"cbd-hub", "chain-based-distillation"} <= set(again.data.tags or [])

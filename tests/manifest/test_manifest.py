@@ -91,7 +91,7 @@ def test_sizes_and_map_come_with_it(chain: Path) -> None:
         (b'{"format": ' + b"1" * 5000 + b"}", "cannot be read as JSON"),
         (b"[]", "is no JSON object"),
         (b"{}", "has format None; expected 1"),
-        (b'{"format": 3}', "has format 3; this cbd_hub reads formats up to 2. Upgrade it"),
+        (b'{"format": 4}', "has format 4; this cbd_hub reads formats up to 3. Upgrade it"),
         (b'{"format": "1"}', "has format '1'; expected 1"),
         (b'{"format": 0}', "has format 0; expected 1"),
         (b'{"format": 1, "name": "\\ud800"}', "is not valid"),
