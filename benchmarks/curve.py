@@ -6,11 +6,16 @@ one elastic model whose prefixes are the sizes (2 N), and each of a few sizes di
 of N. All are measured on 20,000 test tokens at nine sizes a pair, with the large anchor pruned, pruned and refitted,
 and the paper's rule beside them. Writes docs/results/curve.json after each arm, and a call goes on from there; then
 curve.md. Two hours on one core.
+
+``--profile gpu`` needs no chain: it cuts a near and a wide neighbor out of SmolLM2-135M (examples/smollm2.py fetches
+it) and measures at three sizes, N = 4.83M tokens, in about 9 minutes a pair on one H100; ``--seconds 480``
+begins no arm later, and the next call goes on.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,10 +25,13 @@ import models
 import numpy as np
 import results
 import torch
+import yaml
 from models import kept_first
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from cbd_hub import build_chain
+from cbd_hub.axes.sizing import parse_count
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.students import curve_to_train, cut_student, refit_if_better
 from cbd_hub.chain.chain import Chain
@@ -31,7 +39,7 @@ from cbd_hub.interpolation.operations import list_operations
 from cbd_hub.interpolation.pair import Pair
 from cbd_hub.interpolation.tensors import take
 from cbd_hub.manifest.index_maps import IndexMap
-from cbd_hub.training.curve import Curve, Point
+from cbd_hub.training.curve import Curve, Point, curve_points
 from cbd_hub.training.settings import ControlPointConfig
 from cbd_hub.training.trainer import Objective
 
@@ -42,7 +50,21 @@ DIRECT: dict[str, tuple[float, tuple[float, ...]]] = {  # part of N → what it 
     "N/2": (0.5, (0.2, 0.4, 0.6, 0.8)),
     "N": (1.0, (0.5,)),
 }
-ELASTIC_RATE = 1.0
+ELASTIC_RATE = 4.0
+GPU_POSITIONS = (0.25, 0.5, 0.75)
+GPU_SHAPES = (  # of the small anchor: the near and the wide pair
+    {"num_hidden_layers": 26, "intermediate_size": 1152},
+    {"num_hidden_layers": 20, "intermediate_size": 768},
+)
+
+
+def gpu_recipe(tokens: str) -> dict[str, Any]:
+    """That of the chain from SmolLM2, divergence alone, 12,288 tokens a step."""
+    made = yaml.safe_load((harness.RECIPES / "smollm2-135m.yaml").read_text(encoding="utf-8"))
+    for section, key in (("source", "model"), ("data", "text_files")):
+        made[section][key] = str((harness.RECIPES / made[section][key]).resolve())
+    training = {"tokens": tokens, "ce": 0, "learning_rate": 5e-4, "batch_size": 48, "precision": "bf16"}
+    return {**made, "distillation": training, "anchors": [0.77]}
 
 
 class Elastic(Curve):
@@ -59,14 +81,19 @@ class Elastic(Curve):
 class Bench:
     """One pair of a chain, and its text."""
 
-    def __init__(self, chain: Chain, inputs: BuildInputs, index: int, elastic_rate: float) -> None:
-        self.inputs, self.config, self.elastic_rate = inputs, inputs.recipe.distillation, elastic_rate
+    def __init__(
+        self, chain: Chain, inputs: BuildInputs, index: int, tokens: int, elastic_rate: float, gpu: bool
+    ) -> None:
+        self.inputs, self.elastic_rate = inputs, elastic_rate
+        self.config = inputs.recipe.distillation.model_copy(update={"tokens": tokens})
+        self.positions = GPU_POSITIONS if gpu else POSITIONS
+        self.parts = {n: (DIRECT[n][0], GPU_POSITIONS) for n in ("N/4", "N")} if gpu else DIRECT
         large, small = chain.anchors[index : index + 2]
         self.name, self.large = f"{large.name} → {small.name}", large.load("float32")
         axis_map = chain.manifest.resolved_axis_map
         sizes = chain.manifest.sizes(small.entry), chain.manifest.sizes(large.entry)
         self.pair = Pair(axis_map, *sizes, chain.index_maps[small.name])
-        self.smallest = Point(sizes[0], 0, (), ())
+        self.smallest, self.points = Point(sizes[0], 0, (), ()), curve_points(self.pair, chain.manifest.layers_last)
         self.fit = inputs.refit_blocks(), inputs.validation
         self.cut, _ = cut_student(self.large, axis_map, sizes[0], self.pair.index_map, *self.fit, False)
 
@@ -94,13 +121,20 @@ class Bench:
         self.train(student, tokens, seed, found)
         return found
 
-    def elastic(self, seed: int, points: Sequence[Point]) -> PreTrainedModel:
+    def nearest(self, position: float) -> Point:
+        """The point next to a position."""
+        return min(self.points, key=lambda p: abs(self.pair.position(p.num_parameters) - position))
+
+    def elastic(self, seed: int) -> PreTrainedModel:
         """The large anchor after 2 N tokens of training as an elastic model, with the losses of an anchor.
 
         Every batch passes the whole, the smallest and a random size (sandwich rule, arXiv 1903.05134), and counts
         three times.
         """
-        config, model, random = self.config, deepcopy(self.large).train(), np.random.default_rng(seed)
+        config, points, random = self.config, self.points, np.random.default_rng(seed)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        model = nn.Module.to(deepcopy(self.large), device).train()
+        nn.Module.to(self.large, device)
         curve = Elastic(self.large, model, self.pair, learning_rate=0.0, tokens=0, points=points)
         objective = Objective(model, config, self.large, list(range(self.pair.large["layers"])))
         objective.curve = curve
@@ -109,14 +143,17 @@ class Bench:
         optimizer = torch.optim.AdamW(model.parameters(), self.elastic_rate * config.learning_rate, weight_decay=0.0)
         schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup_fraction * steps), steps)
         for _ in range(steps):
-            ids = torch.tensor(text[random.choice(len(text), config.batch_size, replace=False)]["input_ids"])
+            ids = torch.tensor(text[random.choice(len(text), config.batch_size, replace=False)]["input_ids"]).to(
+                device
+            )
             for objective.point in (None, self.smallest, points[random.integers(len(points))]):
                 (objective(ids, input_ids=ids) / 3).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        return model.eval()
+        nn.Module.to(self.large, "cpu")
+        return nn.Module.to(model.eval(), "cpu")
 
     def prune(self, point: Point, large: PreTrainedModel | None = None) -> PreTrainedModel:
         """The large anchor's units alone."""
@@ -142,29 +179,39 @@ class Bench:
 
 
 def measure(bench: Bench, seed: int, keep: Callable[[str, Callable[[], dict[str, float]]], Any]) -> None:
-    """All arms of one pair and seed."""
-    plain, both = deepcopy(bench.cut), deepcopy(bench.cut)
-    bench.train(plain, bench.config.tokens, seed)
-    alone = bench.curve(plain, seed, together=False)
-    together = bench.curve(both, seed, together=True)
-    elastic = bench.elastic(seed, alone.points)
-    ends = {"large": bench.large, "plain": plain, "cut": bench.cut}
-    keep("anchors", lambda: {name: bench.loss(model) for name, model in ends.items()})
-    keep("anchor together", lambda: {"small": bench.loss(both)})
-    least = bench.prune(bench.smallest, elastic)
-    keep("anchors elastic", lambda: {"large": bench.loss(elastic), "small": bench.loss(least)})
-    arms: dict[str, tuple[Callable[[Point], PreTrainedModel], tuple[float, ...]]] = {
-        "average": (partial(alone.model, straight=True), POSITIONS),
-        "paper": (partial(bench.paper, plain), POSITIONS),
-        **({} if seed else {"pruned": (bench.prune, POSITIONS), "pruned + refit": (bench.refitted, POSITIONS)}),
-        "control point alone": (alone.model, POSITIONS),
-        "together": (together.model, POSITIONS),
-        "elastic": (partial(bench.prune, large=elastic), POSITIONS),
-        **{f"direct {n}": (partial(bench.direct, part, seed), where) for n, (part, where) in DIRECT.items()},
+    """All arms of one pair and seed; what an arm needs is trained when it is first needed."""
+
+    @cache
+    def plain() -> PreTrainedModel:
+        student = deepcopy(bench.cut)
+        bench.train(student, bench.config.tokens, seed)
+        return student
+
+    alone = cache(lambda: bench.curve(plain(), seed, together=False))
+    together = cache(lambda: bench.curve(deepcopy(bench.cut), seed, together=True))
+    elastic = cache(lambda: bench.elastic(seed))
+    ends: dict[str, dict[str, Callable[[], PreTrainedModel]]] = {
+        "anchors": {"large": lambda: bench.large, "plain": plain, "cut": lambda: bench.cut},
+        "anchor together": {"small": lambda: together().small},
+        "anchors elastic": {"large": elastic, "small": lambda: bench.prune(bench.smallest, elastic())},
     }
+    untrained = {} if seed else {"pruned": bench.prune, "pruned + refit": bench.refitted}
+    arms: dict[str, tuple[Callable[[Point], PreTrainedModel], tuple[float, ...]]] = {
+        name: (make, bench.positions)
+        for name, make in {
+            "together": lambda point: together().model(point),
+            "average": lambda point: alone().model(point, straight=True),
+            "paper": lambda point: bench.paper(plain(), point),
+            **untrained,
+            "control point alone": lambda point: alone().model(point),
+            "elastic": lambda point: bench.prune(point, elastic()),
+        }.items()
+    }
+    arms |= {f"direct {n}": (partial(bench.direct, part, seed), where) for n, (part, where) in bench.parts.items()}
+    for name, models_of in ends.items():
+        keep(name, lambda of=models_of: {end: bench.loss(model()) for end, model in of.items()})
     for name, (make, where) in arms.items():
-        points = {str(r): alone.nearest(r) for r in where}
-        keep(name, lambda m=make, p=points: {r: bench.loss(m(point)) for r, point in p.items()})
+        keep(name, lambda m=make, at=where: {str(r): bench.loss(m(bench.nearest(r))) for r in at})
 
 
 def main() -> None:
@@ -173,19 +220,33 @@ def main() -> None:
         __doc__,
         "the chain of `make quickstart`",
         Path("quickstart-output/chain"),
+        profiles=("smoke", "gpu"),
         seeds=([0, 1, 2], "of training", [0]),
         pairs=([0, 1], "of neighbors, the largest first", [0]),
         elastic_rate=(ELASTIC_RATE, "learning rate of the elastic model over the anchors'"),
+        tokens=("", "N, by default the recipe's"),
+        seconds=(0, "begin no arm later; 0: no limit"),
     )
-    chain, figures = harness.open_chain(options), harness.Figures(options.results, "curve")
-    inputs = harness.inputs(harness.toy_recipe() if options.smoke else harness.RECIPES / "quickstart.yaml")
-    figures.found |= {"tokens": inputs.recipe.distillation.tokens, "about": harness.about()}
-    for index in options.pairs:
-        bench = Bench(chain, inputs, index, options.elastic_rate)
-        for seed in options.seeds:
+    figures, gpu, begun = harness.Figures(options.results, "curve"), options.profile == "gpu", time.monotonic()
+    recipe: Any = harness.toy_recipe() if options.smoke else harness.RECIPES / "quickstart.yaml"
+    chains = [(harness.open_chain(options), index) for index in options.pairs] if not gpu else []
+    for shape in GPU_SHAPES if gpu else ():
+        recipe = gpu_recipe(options.tokens or "4830k")
+        untrained = {**recipe, "anchors": [{"shape": shape}], "distillation": {"tokens": 0, "control_point": None}}
+        chains.append((build_chain(untrained, options.results / f"chain-{shape['num_hidden_layers']}"), 0))
+    inputs = harness.inputs(recipe)
+    tokens = parse_count(options.tokens or inputs.recipe.distillation.tokens)
+    figures.found |= {"tokens": tokens, "about": harness.about()}
+    for chain, index in chains:
+        bench = Bench(chain, inputs, index, tokens, options.elastic_rate, gpu)
+        for seed in options.seeds[:1] if gpu else options.seeds:
             arms = figures.found.setdefault("pairs", {}).setdefault(bench.name, {}).setdefault(str(seed), {})
-            if "direct N" not in arms:
-                measure(bench, seed, partial(figures.keep, place=arms))
+
+            def keep(name: str, make: Callable[[], Any], arms: dict[str, Any] = arms) -> None:
+                if name in arms or not options.seconds or time.monotonic() - begun < options.seconds:
+                    figures.keep(name, make, arms)
+
+            measure(bench, seed, keep)
     results.save("curve", figures.found, options.results)
 
 

@@ -298,7 +298,7 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         distill(student, teacher, text, held_out, config, work_dir=Path(folder), progress=False, **more)
         log = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
-    for model in (student, teacher):
+    for model in (student, teacher, None if (curve := more.get("curve")) is None else curve.control):
         if model is not None:
             nn.Module.to(model, "cpu")
     return {row["step"]: round(row["eval_loss"], 5) for row in log if "eval_loss" in row}

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from tiny_recipe import tiny_recipe
 
@@ -49,6 +51,19 @@ def test_quickstart_ends_with_a_table_a_picture_and_figures(tmp_path: Path) -> N
     assert "The Congress of the United States" in done.stdout
     assert (tmp_path / "out" / "size_loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "chain" / "chain.json").is_file()
+
+
+def test_a_small_model_drafts_for_the_largest_anchor_and_the_text_stays_the_same() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "speculative.py", "--tokens", "24", "--proposed", "3"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the same text: True" in done.stdout and "744,672 parameters, draft of 300,000, 96 tokens" in done.stdout
+    share, a_pass = re.findall(r"(\d+)% of 3 proposed tokens accepted, (\d\.\d\d) tokens a pass", done.stdout)[0]
+    assert 0 < int(share) <= 100 and float(a_pass) == pytest.approx(1 + 3 * int(share) / 100, abs=0.02)
 
 
 def test_the_recipes_that_are_shipped_can_be_read() -> None:
