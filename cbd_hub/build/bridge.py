@@ -35,6 +35,7 @@ from cbd_hub.alignment.basis import rotate
 from cbd_hub.alignment.ranking import rank
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.build.settings import BridgeConfig, Way
+from cbd_hub.devices import on_accelerator
 from cbd_hub.errors import AxisMapError, RecipeError
 from cbd_hub.initialization.copy_blocks import copy_blocks, same_form
 from cbd_hub.initialization.fresh import fresh_config, fresh_model
@@ -322,13 +323,16 @@ def _cut_to(
     if blocks is None:
         raise RecipeError("transplant needs calibration_tokens above 0, to rank the units of the source that are kept")
     rotated = axis_map.rotatable and small["hidden"] != large["hidden"]
-    if rotated:
-        rotate(model, axis_map, large, blocks)
-    index_map = rank(model, axis_map, large, small, blocks, rotated, progress)
+    with on_accelerator(model):
+        if rotated:
+            rotate(model, axis_map, large, blocks)
+        index_map = rank(model, axis_map, large, small, blocks, rotated, progress)
     student = cut(model, axis_map, large, small, index_map)
     if can_refit(axis_map):
         kept_units = kept_hidden(index_map, small["hidden"], large["hidden"])
-        refit(student, model, axis_map, index_map.layers_of(small["layers"]), kept_units, blocks, progress=progress)
+        layers = index_map.layers_of(small["layers"])
+        with on_accelerator(student, model):
+            refit(student, model, axis_map, layers, kept_units, blocks, progress=progress)
     return student
 
 

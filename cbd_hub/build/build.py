@@ -35,6 +35,7 @@ from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import AnchorSpec, Recipe, load_recipe
 from cbd_hub.build.students import curve_to_train, cut_student
 from cbd_hub.chain.chain import Chain
+from cbd_hub.devices import on_accelerator
 from cbd_hub.errors import OutputExistsError, RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.files import LOCK_NAME, clear_full_disk, locked_folder
@@ -94,7 +95,8 @@ class _Build:
         sizes = axis_map.sizes(model.config)
         basis, blocks = self._basis(axis_map, sizes), self.inputs.calibration()
         if basis == "pca" and blocks is not None:
-            rotate(model, axis_map, sizes, blocks)
+            with on_accelerator(model):
+                rotate(model, axis_map, sizes, blocks)
         name = self.recipe.source.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, sizes))}"
         return _BuiltAnchor(name, model, training, None, basis)
 
@@ -202,7 +204,8 @@ class _Build:
             if saved["fingerprint"] in (fingerprint, step_fingerprint(self.recipe, index)):  # an earlier version's
                 return read_index_map(saved["layers"], maps)
         large = axis_map.sizes(teacher.config)
-        index_map = rank(teacher, axis_map, large, small, blocks, basis == "pca", self.progress)
+        with on_accelerator(teacher):
+            index_map = rank(teacher, axis_map, large, small, blocks, basis == "pca", self.progress)
         if PartialState().is_main_process:
             record.unlink(missing_ok=True)  # it never stands beside maps that are not its own
             save_index_maps({"": index_map}, maps)
@@ -251,9 +254,10 @@ class _Build:
         sizes = axis_map.sizes(model.config)
         evaluation = None
         if self.inputs.text is not None:
-            result = evaluate_loss(
-                model, self.inputs.text.test, progress=self.progress, max_tokens=self.recipe.evaluation.tokens
-            )
+            with on_accelerator(model):
+                result = evaluate_loss(
+                    model, self.inputs.text.test, progress=self.progress, max_tokens=self.recipe.evaluation.tokens
+                )
             evaluation = manifests.Evaluation(**asdict(result))
         dtype = parse_dtype(self.recipe.dtype)
         for tensor, parameter in model.named_parameters():

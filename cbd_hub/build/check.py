@@ -19,6 +19,7 @@ from cbd_hub.axes.sizing import Sizes, count_parameters, format_count, ladder
 from cbd_hub.build.bridge import anchor_zero_config
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.recipe import AnchorSpec, Recipe, load_recipe
+from cbd_hub.devices import working_device
 from cbd_hub.errors import CbdError, RecipeError
 from cbd_hub.initialization.fresh import fresh_config
 from cbd_hub.interpolation.control_points import choose_rank
@@ -337,7 +338,7 @@ def _available_memory() -> int | None:
 
 def _speed(size: int = 768) -> float:
     """Floating-point operations a second of one matrix product on the device that trains. Cost: some 20 ms."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = working_device()
     matrix = torch.ones(size, size, device=device)
     best = 0.0
     for _ in range(4):

@@ -21,6 +21,7 @@ from cbd_hub.alignment.ready_made import READING_SAMPLE, check_tokenizers
 from cbd_hub.build.bridge import BridgeInputs
 from cbd_hub.build.recipe import Recipe, TrainTokenizer
 from cbd_hub.build.settings import BridgeConfig
+from cbd_hub.devices import on_accelerator
 from cbd_hub.errors import ManifestError, RecipeError
 from cbd_hub.evaluation.held_out import losses_by_beginning
 from cbd_hub.files import copy_files
@@ -290,7 +291,8 @@ class BuildInputs:
         if token is None:
             return
         text = ids[:16] if ends.begin is None else ids[:16, 1:]
-        began, bare = losses_by_beginning(source, text, token)
+        with on_accelerator(source):
+            began, bare = losses_by_beginning(source, text, token)
         own, other = (bare, began) if ends.begin is None else (began, bare)
         if own > other + _WORSE:
             name = tokenizer.convert_ids_to_tokens(token)

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cbd_hub.axes.axis_map import AxisMap
+from cbd_hub.devices import on_accelerator
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.initialization.refit import can_refit, refit
 from cbd_hub.interpolation.materialize import cut
@@ -63,6 +64,19 @@ def refit_if_better(
 
     Arguments are those of :func:`cut_student`. Cost: two evaluations, and the passes of the refit.
     """
+    with on_accelerator(student, teacher):
+        return _refit_if_better(student, teacher, axis_map, index_map, blocks, validation, progress)
+
+
+def _refit_if_better(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    axis_map: AxisMap,
+    index_map: IndexMap,
+    blocks: Tensor,
+    validation: Documents,
+    progress: bool,
+) -> float:
     before = evaluate_loss(student, validation).loss
     weights: dict[str, Any] = {name: p.detach().clone() for name, p in student.named_parameters()}
     small, large = axis_map.sizes(student.config), axis_map.sizes(teacher.config)

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.chain.chain import Chain
+from cbd_hub.devices import on_accelerator
 from cbd_hub.errors import ChainNotFoundError, RecipeError
 from cbd_hub.evaluation.held_out import bits_per_byte, evaluate_loss
 from cbd_hub.evaluation.metrics import rouge
@@ -71,7 +72,8 @@ def evaluate_on_text(
         for ids in token_batches(blocks, 64):
             digest.update(ids.numpy().tobytes())
         for name, loaded in opened.models:
-            result = evaluate_loss(loaded, blocks, progress=progress, max_tokens=max_tokens)
+            with on_accelerator(loaded):
+                result = evaluate_loss(loaded, blocks, progress=progress, max_tokens=max_tokens)
             bits = bits_per_byte(result, blocks, opened.tokenizer)
             losses = {**result.as_dict(), "bits_per_byte": bits, "tokenizer": digest.hexdigest()[:12]}
             rows.append({"name": name, "num_parameters": loaded.num_parameters(), **losses, "of": opened.of})

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from cbd_hub.chain.chain import Chain
+from cbd_hub.devices import on_accelerator
 from cbd_hub.errors import SizeError
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.evaluation.plots import plot_size_loss
@@ -45,7 +46,8 @@ def measure_barriers(chain: Chain, blocks: Documents, max_tokens: int | None, pr
             for alpha in progress_bar(_ALPHAS, f"barrier above {small.name}", unit="alpha", enabled=progress):
                 plan = chain.plan(target, alpha=alpha, method="interpolate")
                 model = chain.initialize(plan, dtype=torch.float32, progress=False)
-                losses.append(evaluate_loss(model, blocks, max_tokens=max_tokens).loss)
+                with on_accelerator(model):
+                    losses.append(evaluate_loss(model, blocks, max_tokens=max_tokens).loss)
         except SizeError:  # a tiny chain whose steps are coarser than the tolerance
             continue
         height = barrier_height(_ALPHAS, losses)
@@ -91,7 +93,8 @@ def measure_curve(
         plans = [plan, *([chain.plan(target, method="interpolate")] if plan.method == "bezier" else [])]
         for plan in plans:
             model = chain.initialize(plan, dtype=torch.float32, progress=False)
-            result = evaluate_loss(model, blocks, max_tokens=max_tokens)
+            with on_accelerator(model):
+                result = evaluate_loss(model, blocks, max_tokens=max_tokens)
             points.append(CurvePoint(num_parameters=plan.num_parameters, loss=result.loss, method=plan.method))
     return points
 

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cbd_hub.devices import working_device
 from cbd_hub.errors import IntegrityError
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.initialization.refit import REFIT_TOKENS, can_refit, refit
@@ -116,7 +117,7 @@ def choose(
     and its sources, all in float32, and from the first refit on the large anchor. An accelerator is used if there is
     one.
     """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = working_device()
     rows = max(1, SCREEN_TOKENS // blocks.shape[1])
     fit_rows = min(max(1, REFIT_TOKENS // blocks.shape[1]), len(blocks) // 2)
     blocks, fit_blocks = blocks[: len(blocks) - fit_rows], blocks[len(blocks) - fit_rows :]

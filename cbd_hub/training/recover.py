@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.axes.sizing import format_count
 from cbd_hub.chain.chain import Chain
+from cbd_hub.devices import on_accelerator
 from cbd_hub.errors import ChainNotFoundError, RecipeError
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.evaluation.plots import plot_recovery
@@ -131,11 +132,13 @@ def recover(
         with torch.random.fork_rng():
             torch.manual_seed(training.seed)
             model = AutoModelForCausalLM.from_config(deepcopy(model.config), dtype=torch.float32)
-    start = evaluate_loss(model, blocks["test"], progress=progress)
+    with on_accelerator(model):
+        start = evaluate_loss(model, blocks["test"], progress=progress)
     done = distill(
         model, teacher, blocks["train"], blocks["validation"], training, work_dir=work_dir, progress=progress
     )
-    final = evaluate_loss(model, blocks["test"], progress=progress)
+    with on_accelerator(model):
+        final = evaluate_loss(model, blocks["test"], progress=progress)
     return Recovery(start.loss, final.loss, final.num_tokens, _curve(work_dir, done.tokens), done)
 
 
