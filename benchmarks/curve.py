@@ -44,13 +44,14 @@ from cbd_hub.training.settings import ControlPointConfig
 from cbd_hub.training.trainer import Objective
 
 POSITIONS = tuple(k / 10 for k in range(1, 10))
-DIRECT: dict[str, tuple[float, tuple[float, ...]]] = {  # part of N → what it is, and where it is measured
-    "N/8": (0.125, (0.5,)),
-    "N/4": (0.25, POSITIONS),
-    "N/2": (0.5, (0.2, 0.4, 0.6, 0.8)),
-    "N": (1.0, (0.5,)),
+DIRECT: dict[str, tuple[float, float, tuple[float, ...]]] = {
+    # part of N → what it is, learning rate over the anchors' (the best of three on validation text), where measured
+    "N/8": (0.125, 0.25, (0.5,)),
+    "N/4": (0.25, 0.5, POSITIONS),
+    "N/2": (0.5, 0.5, (0.2, 0.4, 0.6, 0.8)),
+    "N": (1.0, 1.0, (0.5,)),
 }
-ELASTIC_RATE = 4.0
+ELASTIC_RATE = 1.0
 GPU_POSITIONS = (0.25, 0.5, 0.75)
 GPU_SHAPES = (  # of the small anchor: the near and the wide pair
     {"num_hidden_layers": 26, "intermediate_size": 1152},
@@ -87,7 +88,7 @@ class Bench:
         self.inputs, self.elastic_rate = inputs, elastic_rate
         self.config = inputs.recipe.distillation.model_copy(update={"tokens": tokens})
         self.positions = GPU_POSITIONS if gpu else POSITIONS
-        self.parts = {n: (DIRECT[n][0], GPU_POSITIONS) for n in ("N/4", "N")} if gpu else DIRECT
+        self.parts = {n: (*DIRECT[n][:2], GPU_POSITIONS) for n in ("N/4", "N")} if gpu else DIRECT
         large, small = chain.anchors[index : index + 2]
         self.name, self.large = f"{large.name} → {small.name}", large.load("float32")
         axis_map = chain.manifest.resolved_axis_map
@@ -102,10 +103,18 @@ class Bench:
         return harness.loss(model, self.inputs.text.test, batch_size=16, max_tokens=20_000).loss
 
     def train(
-        self, student: PreTrainedModel, tokens: int, seed: int, curve: Any = None, index_map: Any = None
+        self,
+        student: PreTrainedModel,
+        tokens: int,
+        seed: int,
+        *,
+        curve: Any = None,
+        index_map: Any = None,
+        rate: float = 1.0,
     ) -> None:
-        """Distills in place."""
-        config = self.config.model_copy(update={"tokens": tokens, "seed": seed})
+        """Distills in place, at a share of the anchors' learning rate."""
+        changes = {"tokens": tokens, "seed": seed, "learning_rate": rate * self.config.learning_rate}
+        config = self.config.model_copy(update=changes)
         text = self.inputs.text.train, self.inputs.validation
         units = index_map or self.pair.index_map
         harness.train(student, self.large, *text, config, curve=curve, index_map=units)
@@ -118,7 +127,7 @@ class Bench:
         length = self.inputs.recipe.data.sequence_length
         if (found := curve_to_train(student, self.large, self.pair, config, True, length)) is None:
             raise SystemExit("the pair has no size between its anchors")
-        self.train(student, tokens, seed, found)
+        self.train(student, tokens, seed, curve=found)
         return found
 
     def nearest(self, position: float) -> Point:
@@ -170,11 +179,11 @@ class Bench:
         alpha = 1 - self.pair.position(point.num_parameters)
         return models.Pair(self.large, small, self.pair.index_map).combine(point.sizes, "paper", alpha)
 
-    def direct(self, part: float, seed: int, point: Point) -> PreTrainedModel:
+    def direct(self, part: float, rate: float, seed: int, point: Point) -> PreTrainedModel:
         """Distilled for this size alone."""
         student, layers = self.prune(point), self.pair.layers(point.sizes["layers"])
         index_map = IndexMap(kept_first(layers, self.pair.large["layers"]), self.pair.index_map.orders)
-        self.train(student, round(part * self.config.tokens), seed, index_map=index_map)
+        self.train(student, round(part * self.config.tokens), seed, index_map=index_map, rate=rate)
         return student
 
 
@@ -207,7 +216,9 @@ def measure(bench: Bench, seed: int, keep: Callable[[str, Callable[[], dict[str,
             "elastic": lambda point: bench.prune(point, elastic()),
         }.items()
     }
-    arms |= {f"direct {n}": (partial(bench.direct, part, seed), where) for n, (part, where) in bench.parts.items()}
+    arms |= {
+        f"direct {n}": (partial(bench.direct, part, rate, seed), at) for n, (part, rate, at) in bench.parts.items()
+    }
     for name, models_of in ends.items():
         keep(name, lambda of=models_of: {end: bench.loss(model()) for end, model in of.items()})
     for name, (make, where) in arms.items():

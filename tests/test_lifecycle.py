@@ -81,7 +81,8 @@ def test_from_a_recipe_to_a_model_that_a_third_party_uses(tmp_path: Path) -> Non
         assert {item["id"] for item in collection.items} == {"maker/chain", *(a["repo_id"] for a in anchors)}
         for repo in ("maker/chain", *(a["repo_id"] for a in anchors), "user/middle"):
             card = hub.files(repo)["README.md"].decode()
-            assert "library_name: transformers" in card and "## Quick start" in card
+            library = "cbd-hub" if repo == "maker/chain" else "transformers"
+            assert f"library_name: {library}" in card and "## Quick start" in card
         card = hub.files("user/middle")["README.md"].decode()
         assert "base_model_relation: merge" in card
         assert all(f"- {a['repo_id']}" in card for a in anchors[:2])

@@ -114,17 +114,10 @@ def _telling(place: Any) -> Callable[[Callable[..., Iterator[Any]]], Callable[..
     return wrap
 
 
-def _chosen(plan: Plan | None) -> Plan:
-    if plan is None:
-        raise RecipeError("there is no model yet: choose a size and press Build")
-    return plan
-
-
 def _page(gr: Any, bench: Workbench, alone: bool) -> Any:
     """The page; ``alone`` where only the user of this machine can reach it."""
     bar = gr.Progress(track_tqdm=True)
     with gr.Blocks(title=f"Chain {bench.location.place}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        built = gr.State(None)
         heading = gr.HTML("<h1>cbd_hub</h1>")
         opening = gr.HTML("", elem_id="opening", elem_classes="cbd-quiet")
         retry = gr.Button("Try again", visible=False)
@@ -142,10 +135,15 @@ def _page(gr: Any, bench: Workbench, alone: bool) -> Any:
             with gr.Row(equal_height=True):
                 prompt = gr.Textbox(label="Prompt", lines=2, value="The state of the Union", scale=3, min_width=280)
                 tokens = gr.Radio(NEW_TOKENS, value=NEW_TOKENS[1], label="New tokens", scale=2, min_width=280)
+            with gr.Accordion("Sampling", open=False):
+                temperature = gr.Slider(
+                    0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest token each time"
+                )
+                top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top p")
             generate = gr.Button("Generate", variant="primary")
             generating = gr.HTML("", elem_id="generating", elem_classes="cbd-busy")
             with gr.Row():
-                names = ("Small anchor", "Built model", "Large anchor")
+                names = ("Small anchor", "This size", "Large anchor")
                 texts = [
                     gr.Textbox(label=name, lines=8, max_lines=8, min_width=240, interactive=False) for name in names
                 ]
@@ -169,6 +167,10 @@ def _page(gr: Any, bench: Workbench, alone: bool) -> Any:
                     private = gr.Checkbox(label="Private", value=True)
                     push = gr.Button("Push to the Hub")
             taking = gr.HTML("", elem_id="taking", elem_classes="cbd-busy")
+
+        def chosen(value: float | None) -> Plan:
+            """The plan that the page shows: whatever is made or taken along is of this size."""
+            return bench.chain.plan(SizeScale.of(bench.chain.manifest).count(value))
 
         @_telling(opening)
         def show() -> Iterator[Any]:
@@ -201,59 +203,58 @@ def _page(gr: Any, bench: Workbench, alone: bool) -> Any:
         @_telling(building)
         def build_it(value: float | None, progress: Any = bar) -> Iterator[Any]:
             start = time.monotonic()
-            plan = bench.chain.plan(SizeScale.of(bench.chain.manifest).count(value))
-            model = bench.model(plan)
+            model = bench.model(chosen(value))
             seconds = time.monotonic() - start
-            yield {
-                built: plan,
-                building: message_html(f"Built: {model.num_parameters():,} parameters, in {seconds:.1f} s."),
-                **{text: gr.Textbox(value="", label=name) for text, name in zip(texts, names, strict=True)},
-            }
+            yield {building: message_html(f"Built: {model.num_parameters():,} parameters, in {seconds:.1f} s.")}
 
         @_telling(generating)
-        def generate_it(plan: Plan | None, text: str, most: int, progress: Any = bar) -> Iterator[Any]:
-            chain, plan = bench.chain, _chosen(plan)
+        def generate_it(
+            value: float | None, text: str, most: int, heat: float, share: float, progress: Any = bar
+        ) -> Iterator[Any]:
+            chain, plan = bench.chain, chosen(value)
             small, large = (chain.plan(shape=anchor.shape) for anchor in compared(chain.manifest, plan))
             yield {generating: "", **dict.fromkeys(texts, "")}
             for place, name, each in zip(texts, names, (small, plan, large), strict=True):
                 label = f"{name}, {format_count(each.num_parameters)}"
-                written = complete(bench.model(each), chain.tokenizer, text, most)
-                yield {place: gr.Textbox(value=written, label=label)}
-            yield {generating: message_html("Done: the likeliest token each time.")}
+                yield {place: gr.Textbox(value="", label=label)}
+                for written in complete(bench.model(each), chain.tokenizer, text, most, heat, share):
+                    yield {place: written}
+            how = f"temperature {heat:g}, top p {share:g}" if heat else "the likeliest token each time"
+            yield {generating: message_html(f"Done: {how}.")}
 
         @_telling(taking)
-        def pack_it(plan: Plan | None, progress: Any = bar) -> Iterator[Any]:
-            path = bench.pack(_chosen(plan))
+        def pack_it(value: float | None, progress: Any = bar) -> Iterator[Any]:
+            path = bench.pack(chosen(value))
             yield {packed: gr.File(str(path), visible=True), taking: message_html(f"{path.name} is ready.")}
 
         @_telling(taking)
-        def save_it(plan: Plan | None, name: str, progress: Any = bar) -> Iterator[Any]:
-            plan = _chosen(plan)
+        def save_it(value: float | None, name: str, progress: Any = bar) -> Iterator[Any]:
             if not alone or not name.strip():
                 raise RecipeError("name a new or empty folder on this machine")
             target = Path(name.strip()).expanduser()
-            write_model(bench.chain, plan, target)
+            write_model(bench.chain, chosen(value), target)
             yield {taking: message_html(f"Saved to {target.resolve()}.")}
 
         @_telling(taking)
-        def push_it(plan: Plan | None, name: str, secret: str, hidden: bool, progress: Any = bar) -> Iterator[Any]:
+        def push_it(value: float | None, name: str, secret: str, hidden: bool, progress: Any = bar) -> Iterator[Any]:
             yield {token: ""}
-            where = bench.push(_chosen(plan), name.strip(), secret, hidden)
+            where = bench.push(chosen(value), name.strip(), secret, hidden)
             yield {taking: message_html(f"Published: {where}.")}
 
-        def on(event: Any, handler: Any, inputs: Any, outputs: Any, shown: Any = None, **more: Any) -> None:
+        def bind(event: Any, handler: Any, inputs: Any, outputs: Any, shown: Any = None, **more: Any) -> None:
             quiet = {"show_progress_on": shown} if shown else {"show_progress": "hidden"}
             event(handler, inputs, outputs, api_visibility="private", **quiet, **more)
 
         heavy = {"concurrency_limit": 1, "concurrency_id": "models"}  # one after another: they share the memory
         for event in (page.load, retry.click):
-            on(event, show, None, [heading, opening, retry, body, size])
+            bind(event, show, None, [heading, opening, retry, body, size])
         raw = {"preprocess": False}  # the plan reports a value typed beyond the slider's ends
-        on(size.change, plan_it, size, [curve, planned, planning], trigger_mode="always_last", **raw)
-        on(build.click, build_it, size, [built, building, *texts], building, **heavy, **raw)
+        bind(size.change, plan_it, size, [curve, planned, planning], trigger_mode="always_last", **raw)
+        bind(build.click, build_it, size, building, building, **heavy, **raw)
+        asked = [size, prompt, tokens, temperature, top_p]
         for event in (generate.click, prompt.submit):
-            on(event, generate_it, [built, prompt, tokens], [generating, *texts], generating, **heavy)
-        on(pack.click, pack_it, built, [packed, taking], taking, **heavy)
-        on(save.click, save_it, [built, folder], taking, taking, **heavy)
-        on(push.click, push_it, [built, repo_id, token, private], [token, taking], taking, **heavy)
+            bind(event, generate_it, asked, [generating, *texts], generating, **heavy, **raw)
+        bind(pack.click, pack_it, size, [packed, taking], taking, **heavy, **raw)
+        bind(save.click, save_it, [size, folder], taking, taking, **heavy, **raw)
+        bind(push.click, push_it, [size, repo_id, token, private], [token, taking], taking, **heavy, **raw)
     return page

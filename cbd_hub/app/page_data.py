@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
+from cbd_hub.axes.disk_size import QUANTS
 from cbd_hub.axes.sizing import format_count
 from cbd_hub.errors import PublishError, SizeError
 from cbd_hub.interpolation.plan import Plan
@@ -211,6 +212,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("Alpha", f"{plan.alpha:.3f} (weight of the small anchor)"),
         ("Memory, fp32", format_bytes(4 * plan.num_parameters)),
         ("Memory, bf16", format_bytes(2 * plan.num_parameters)),
+        ("Quantized", ", ".join(f"{format_bytes(plan.disk_size(q))} as {q}" for q in QUANTS[1:])),
         ("To fetch", f"{format_bytes(plan.bytes_to_fetch)} where nothing is cached"),
         *((name, f"{value:,}") for name, value in plan.shape.items()),
         *(("Note", note) for note in plan.notes),

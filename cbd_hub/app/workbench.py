@@ -8,12 +8,14 @@ import copy
 import tempfile
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from cbd_hub.app.page_data import (
     check_token,
@@ -124,17 +126,24 @@ class Workbench:
         return f"{repository.url} at {commit.sha[:12]}"
 
 
-def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
-    """Continues a text, the likeliest token each time, so that models can be compared.
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> Iterator[str]:
+    """Continues a text, and yields the continuation after every few tokens, the whole of it last.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         prompt: The text; of a long one, the end that leaves room in the model's context.
         new_tokens: At most so many; and at most half the context.
-
-    Returns:
-        The continuation alone.
+        temperature: Softens the probabilities that tokens are drawn by; 0 takes the likeliest token each time, so that
+            models can be compared.
+        top_p: Of the likeliest tokens, those that have this probability together are drawn from.
 
     Raises:
         RecipeError: The prompt holds no token.
@@ -146,10 +155,20 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
     new_tokens = min(new_tokens, context // 2)
     ids = ids[:, -(context - new_tokens) :].to(model.device)
     config = copy.deepcopy(model.generation_config)
-    greedy = dict.fromkeys(("temperature", "top_p", "top_k"))
-    config.update(max_new_tokens=new_tokens, max_length=None, do_sample=False, **greedy)
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    greedy = {"do_sample": False, **dict.fromkeys(("temperature", "top_p", "top_k"))}
+    config.update(max_new_tokens=new_tokens, max_length=None, **(drawn if temperature else greedy))
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     generator: Any = model  # transformers types generate() away
-    generated = generator.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return str(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True))
+    streamer: Any = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    how = {"attention_mask": torch.ones_like(ids), "generation_config": config, "streamer": streamer}
+    text = ""
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(generator.generate, ids, **how)
+        writing.add_done_callback(lambda done: streamer.end() if done.exception() else None)
+        for part in streamer:
+            text += part
+            yield text
+        writing.result()  # raises what went wrong there
+    yield text

@@ -186,10 +186,9 @@ def test_an_impossible_size_is_a_message(page: Any) -> None:
 @pytest.mark.slow
 def test_build_and_generate_beside_the_anchors(page: Any, pages: dict[str, Served]) -> None:
     page.locator("#curve img").wait_for()
-    page.get_by_role("button", name="Generate").click()
-    assert "no model yet" in alert(page, "generating")
-    choose(page, 40)
+    choose(page, 30)
     build(page)
+    choose(page, 40)  # the text is of the size that is shown, not of the one that was built
     page.get_by_label("Prompt").fill("The Congress of the United States")
     page.get_by_label("20", exact=True).check()
     page.get_by_role("button", name="Generate").click()
@@ -197,10 +196,15 @@ def test_build_and_generate_beside_the_anchors(page: Any, pages: dict[str, Serve
     bench = Workbench(pages["chain"].chain)
     plan = bench.chain.plan(40_000)
     anchors = [bench.chain.plan(shape=a.shape) for a in app_data.compared(bench.chain.manifest, plan)]
-    names = ("Small anchor", "Built model", "Large anchor")
+    names = ("Small anchor", "This size", "Large anchor")
     for name, each in zip(names, (anchors[0], plan, anchors[1]), strict=True):
-        expected = complete(bench.model(each), bench.chain.tokenizer, "The Congress of the United States", 20)
+        *_, expected = complete(bench.model(each), bench.chain.tokenizer, "The Congress of the United States", 20)
         assert page.get_by_label(f"{name}, {format_count(each.num_parameters)}").input_value() == expected
+    page.get_by_role("button", name="Sampling").click()
+    page.get_by_role("spinbutton", name="Temperature").fill("1.5")
+    page.get_by_role("spinbutton", name="Temperature").blur()
+    page.get_by_role("button", name="Generate").click()
+    page.locator("#generating").get_by_text("Done: temperature 1.5, top p 0.95").wait_for()
     page.get_by_label("Prompt").fill(" ")
     page.get_by_role("button", name="Generate").click()
     assert "no prompt" in alert(page, "generating")
@@ -209,20 +213,23 @@ def test_build_and_generate_beside_the_anchors(page: Any, pages: dict[str, Serve
 @pytest.mark.slow
 def test_the_model_can_be_taken_along(page: Any, tmp_path: Path) -> None:
     page.locator("#curve img").wait_for()
-    choose(page, 30)
+    choose(page, 40)
     build(page)
+    choose(page, 30)  # what is taken along is what the plan shows
     page.get_by_role("button", name="Make a zip file").click()
     page.locator("#taking").get_by_text("is ready").wait_for()
     with page.expect_download() as download:
         page.get_by_role("link", name=re.compile("KB")).click()
     with zipfile.ZipFile(download.value.path()) as packed:
         config = json.loads(packed.read(next(n for n in packed.namelist() if n.endswith("/config.json"))))
-    assert config["cbd_hub"]["method"] == "interpolate"
+    assert config["cbd_hub"]["method"] == "bezier"
     for target, told in ((tmp_path / "model", "Saved to"), (tmp_path / "model", "not empty"), ("", "name a new")):
         page.get_by_label("Folder on this machine").fill(str(target))
         page.get_by_role("button", name="Save to the folder").click()
         page.locator("#taking").get_by_text(told).wait_for()
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").num_parameters() > 29_000
+    shown = page.locator("#plan").inner_text()
+    count = AutoModelForCausalLM.from_pretrained(tmp_path / "model").num_parameters()
+    assert 29_000 < count < 31_000 and f"{count:,}" in shown
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 import shutil
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from cbd_hub.app.workbench import Workbench, complete
@@ -48,10 +50,28 @@ def test_a_continuation_is_limited(folder: Path) -> None:
     bench = Workbench(folder)
     model, tokenizer = bench.model(bench.chain.plan("100k")), bench.chain.tokenizer
     model.generation_config.eos_token_id = None
-    short, long = (complete(model, tokenizer, "The state of the Union", n) for n in (5, 20))
+    parts = [list(complete(model, tokenizer, "The state of the Union", n)) for n in (5, 20)]
+    assert len(parts[1]) > 3 and all(later.startswith(text) for text, later in pairwise(parts[1]))
+    short, long = (each[-1] for each in parts)
     assert short and long.startswith(short[:-1]) and len(short) < len(long)
     context = model.config.max_position_embeddings
-    assert complete(model, tokenizer, "The state of the Union " * context, 10 * context)
+    assert list(complete(model, tokenizer, "The state of the Union " * context, 10 * context))[-1]
     for empty in ("", " \n"):
         with pytest.raises(RecipeError, match="no prompt"):
-            complete(model, tokenizer, empty, 5)
+            next(complete(model, tokenizer, empty, 5))
+
+
+def test_tokens_are_drawn_as_asked_and_a_failure_reaches_the_reader(folder: Path) -> None:
+    bench = Workbench(folder)
+    model, tokenizer = bench.model(bench.chain.plan("100k")), bench.chain.tokenizer
+    model.generation_config.eos_token_id = None
+    *_, greedy = complete(model, tokenizer, "The state", 20)
+    torch.manual_seed(0)
+    *_, drawn = complete(model, tokenizer, "The state", 20, temperature=1.5)
+    assert drawn != greedy
+    *_, nearly_none = complete(model, tokenizer, "The state", 20, temperature=1.5, top_p=1e-6)
+    assert nearly_none == greedy  # of the likeliest tokens, one is left
+    torch.nn.Module.to(model, torch.float64)
+    model.get_output_embeddings().to(torch.float32)
+    with pytest.raises(RuntimeError, match="dtype"):
+        list(complete(model, tokenizer, "The state", 5))

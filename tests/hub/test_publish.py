@@ -151,7 +151,7 @@ def test_cards_run_as_printed(hub: HubServer, client: Client, folder: Path, tmp_
     for repo in REPOSITORIES:
         text = hub.files(repo)["README.md"].decode()
         assert is_generated(text)
-        assert "library_name: transformers" in text
+        assert f"library_name: {'cbd-hub' if repo == REPOSITORIES[0] else 'transformers'}" in text
         blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
         assert len(blocks) == 2
         for block in blocks:
