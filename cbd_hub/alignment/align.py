@@ -35,7 +35,7 @@ from cbd_hub.axes.sizing import Sizes
 from cbd_hub.errors import AxisMapError, RecipeError, SizeError
 from cbd_hub.manifest.index_maps import IndexMap
 
-__all__ = ["align"]
+__all__ = ["LEAST_GAIN", "Rows", "align", "check_logits", "first_logits", "head_rows", "projection_rows", "rows_of"]
 
 LEAST_GAIN = 0.05
 """A norm gain below this share of the mean is not copied from the large model: it would be divided by."""
@@ -44,7 +44,7 @@ TOLERANCE = 1e-3
 
 _STREAM = (("hidden",),)
 
-_Rows = tuple[str, int, Tensor]
+Rows = tuple[str, int, Tensor]
 """Pattern, stored dimension, numbers of some of its rows."""
 
 
@@ -91,7 +91,7 @@ def align(
     _check(large, small, axis_map, large_sizes, small_sizes)
     statistics = collect(large, axis_map, large_sizes, blocks)
     aligned = copy.deepcopy(small).float().eval()
-    before = _logits(aligned, blocks)
+    before = first_logits(aligned, blocks)
     if not before.isfinite().all():
         raise RecipeError("the small model's logits are not finite; load it in float32 or bfloat16")
     rotating = axis_map.rotatable and not any(axis_map.writes(r) for g in axis_map.norms for r in axis_map.readers(g))
@@ -124,12 +124,7 @@ def align(
                 order = orders.setdefault(axis, np.argsort(-importance, axis=-1, kind="stable").astype(np.int32))
                 order[layer] = others_by_importance(partners, importance[layer])
         _copy_gains(large, aligned, axis_map, small_sizes, layers, hidden_partners)
-    difference = (_logits(aligned, blocks) - before).abs().max().item()
-    if difference > TOLERANCE * max(1.0, before.abs().max().item()):
-        raise AxisMapError(
-            f"aligning changed the small model's logits by {difference:.2g}, so the axis map {axis_map.model_type!r} "
-            "does not describe how the model uses its tensors; check its norms and the order of fused projections"
-        )
+    check_logits(before, first_logits(aligned, blocks), axis_map)
     energy = {}
     if small_sizes["hidden"] != large_sizes["hidden"]:
         energy = {gain: value.astype(np.float32) for gain, value in statistics.energy.items()}
@@ -208,7 +203,7 @@ def _rotate_rows(parameter: Tensor, dim: int, rows: Tensor, rotations: Tensor) -
     view[..., rows] = rotated.to(parameter.dtype)
 
 
-def _rows(axis_map: AxisMap, sizes: Sizes, choose: Callable[[str, Part, Tensor], Tensor | None]) -> list[_Rows]:
+def rows_of(axis_map: AxisMap, sizes: Sizes, choose: Callable[[str, Part, Tensor], Tensor | None]) -> list[Rows]:
     """What `choose` picks from every part of every stored dimension inside a layer.
 
     Args:
@@ -241,13 +236,26 @@ def _up(name: str, part: Part, rows: Tensor) -> Tensor | None:
     return rows if part == ("ffn",) and ".up_proj." in name else None
 
 
-def _values(name: str, part: Part, rows: Tensor) -> Tensor | None:
-    """Picks the rows that make the values, (heads, head_dim): alone, or the last third of a fused projection."""
-    if part[-1] != "head_dim" or "q_per_kv" in part:
-        return None
-    if 3 in part:
-        return rows.select(part.index(3), 2)
-    return rows if ".v_proj." in name or name.endswith(" 3/3") else None
+def projection_rows(number: int) -> Callable[[str, Part, Tensor], Tensor | None]:
+    """Picks the rows that make queries (0), keys (1) or values (2): alone, or a third of a fused projection."""
+
+    def choose(name: str, part: Part, rows: Tensor) -> Tensor | None:
+        if part[-1] != "head_dim":
+            return None
+        if 3 in part:
+            return rows.select(part.index(3), number)
+        return rows if f".{'qkv'[number]}_proj." in name or name.endswith(f" {number + 1}/3") else None
+
+    return choose
+
+
+def head_rows(axis_map: AxisMap, sizes: Sizes) -> list[Rows]:
+    """The rows of the output projection that read heads."""
+    axis = axis_map.heads.split()[0]
+    out = axis_map.consumers(axis)[0]
+    return rows_of(
+        axis_map, sizes, lambda name, part, rows: rows if name.startswith(out + " ") and axis in part else None
+    )
 
 
 def _align_ffn(
@@ -255,10 +263,10 @@ def _align_ffn(
 ) -> dict[str, np.ndarray]:
     """Finds the partners of the ffn units; in gated models a unit that runs against its partner changes its sign."""
     down = axis_map.consumers("ffn")[0]
-    up = _rows(axis_map, sizes, _up)
+    up = rows_of(axis_map, sizes, _up)
     partner, signs = _match_units(moments[down, layer].correlation().numpy(), signed=bool(up))
     if up:
-        read = _rows(
+        read = rows_of(
             axis_map,
             sizes,
             lambda name, part, rows: rows if name.startswith(down + " ") and part == ("ffn",) else None,
@@ -295,10 +303,10 @@ def _align_heads(
     queries = np.stack(
         [np.argsort(_best_columns(m[:, kept_heads])) for m in matched]
     )  # (few, q_few): small head at each place
-    for pattern, d, rows in _rows(axis_map, small, lambda _, part, rows: rows if "q_per_kv" in part else None):
+    for pattern, d, rows in rows_of(axis_map, small, lambda _, part, rows: rows if "q_per_kv" in part else None):
         view = model.get_parameter(pattern.replace("*", str(layer))).movedim(d, -1)
         view[..., rows] = view[..., rows[torch.arange(few)[:, None], torch.from_numpy(queries)]]
-    values = _rows(axis_map, small, _values)
+    values = rows_of(axis_map, small, projection_rows(2))
     if values:
         cross = moment.cross.reshape(few, q_few, dim, many, q_many, dim)
         small_groups = torch.arange(few)[:, None]
@@ -306,10 +314,7 @@ def _align_heads(
             small_groups, torch.from_numpy(queries), :, torch.from_numpy(groups)[:, None], torch.from_numpy(kept_heads)
         ]
         rotations = _nearest_rotation(pairs.sum(1))  # (few, dim, dim)
-        read = _rows(
-            axis_map, small, lambda name, part, rows: rows if name.startswith(out + " ") and axis in part else None
-        )
-        for pattern, d, rows in [*values, *read]:
+        for pattern, d, rows in [*values, *head_rows(axis_map, small)]:
             parameter = model.get_parameter(pattern.replace("*", str(layer)))
             _rotate_rows(parameter, d, rows.reshape(few, -1, dim), rotations)
     rest = np.setdiff1d(np.arange(q_many), kept_heads)
@@ -359,6 +364,20 @@ def _copy_gains(
 
 
 @torch.inference_mode()
-def _logits(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+def first_logits(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     """(1, S, V) of the first block."""
     return model(input_ids=blocks[:1].to(model.device), use_cache=False).logits.float()
+
+
+def check_logits(before: Tensor, after: Tensor, axis_map: AxisMap) -> None:
+    """Refuses a rewritten model that computes something else.
+
+    Raises:
+        AxisMapError: The logits (1, S, V) differ by more than rounding explains.
+    """
+    difference = (after - before).abs().max().item()
+    if difference > TOLERANCE * max(1.0, before.abs().max().item()):
+        raise AxisMapError(
+            f"aligning changed the small model's logits by {difference:.2g}, so the axis map {axis_map.model_type!r} "
+            "does not describe how the model uses its tensors; check its norms and the order of fused projections"
+        )

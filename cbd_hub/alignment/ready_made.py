@@ -8,10 +8,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cbd_hub.alignment.align import align
+from cbd_hub.alignment.learned import learn_maps
 from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.axis_map import WITHOUT_EFFECT, AxisMap
 from cbd_hub.axes.sizing import Sizes
 from cbd_hub.errors import RecipeError
+from cbd_hub.interpolation.pair import Pair
 from cbd_hub.manifest.index_maps import IndexMap
 
 __all__ = [
@@ -136,7 +138,12 @@ def check_tokenizers(own: Tokenizer, other: Tokenizer, name: str) -> None:
 
 
 def load_ready_made(
-    small: PreTrainedModel, large: PreTrainedModel, axis_map: AxisMap, blocks: Tensor | None, progress: bool = True
+    small: PreTrainedModel,
+    large: PreTrainedModel,
+    axis_map: AxisMap,
+    blocks: Tensor | None,
+    progress: bool = True,
+    text: Tensor | None = None,
 ) -> tuple[PreTrainedModel, IndexMap]:
     """Makes a checkpoint the smaller neighbor of a model.
 
@@ -147,13 +154,18 @@ def load_ready_made(
         blocks: (N, S) token ids to align it on (:func:`cbd_hub.alignment.align.align`); None takes its units in the
             order that they have, as the paper does.
         progress: Show a progress bar.
+        text: (M, S) other token ids, to learn maps on top (:func:`cbd_hub.alignment.learned.learn_maps`); None leaves
+            it at the matching.
 
     Raises:
         RecipeError: It cannot be aligned.
     """
     sizes = axis_map.sizes(large.config), axis_map.sizes(small.config)
     if blocks is not None:
-        return align(large, small, axis_map, *sizes, blocks, progress=progress)
+        small, index_map = align(large, small, axis_map, *sizes, blocks, progress=progress)
+        if text is not None:
+            small = learn_maps(large, small, Pair(axis_map, sizes[1], sizes[0], index_map), text, blocks, progress)
+        return small, index_map
     return small, positional_map(axis_map, *sizes)
 
 

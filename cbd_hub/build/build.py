@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from cbd_hub.alignment.basis import rotate
+from cbd_hub.alignment.learned import LEARNING_TOKENS
 from cbd_hub.alignment.ranking import rank
 from cbd_hub.alignment.ready_made import check_layers, check_neighbors, load_ready_made
 from cbd_hub.axes.architectures import axis_map_for, register_axis_map
@@ -41,6 +42,7 @@ from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.files import LOCK_NAME, clear_full_disk, locked_folder
 from cbd_hub.hub.load import load_model
 from cbd_hub.hub.read import Location
+from cbd_hub.initialization.refit import REFIT_TOKENS
 from cbd_hub.interpolation.materialize import check_fits, parse_dtype, plain_defaults
 from cbd_hub.interpolation.pair import Pair
 from cbd_hub.manifest import manifest as manifests
@@ -151,13 +153,14 @@ class _Build:
             self.inputs.check_tokenizer(spec.init, spec.revision)
             student = self.inputs.checkpoint(spec.init, spec.revision)
             blocks = self.inputs.calibration() if spec.align else None
-            student, index_map = load_ready_made(student, teacher, axis_map, blocks, self.progress)
+            text = self.inputs.training_blocks(LEARNING_TOKENS) if spec.align == "learned" else None
+            student, index_map = load_ready_made(student, teacher, axis_map, blocks, self.progress, text)
             check_layers(student.config, teacher.config, index_map, spec.init)
             if PartialState().is_main_process:
                 save_index_maps({"": index_map}, self.state / f"step-{index}.safetensors")
         else:
             index_map = self._rank(index, parent, teacher, axis_map, small, basis)
-            blocks = self.inputs.refit_blocks() if self.recipe.refit else None
+            blocks = self.inputs.training_blocks(REFIT_TOKENS) if self.recipe.refit else None
             student, cut_loss = cut_student(
                 teacher, axis_map, small, index_map, blocks, self.inputs.validation, self.progress
             )

@@ -280,6 +280,8 @@ def _next(
     if spec.init is None:
         sizes = anchor_sizes(inputs.recipe, spec, axis_map, large, lambda: large_config)
         return sizes, large_config
+    if spec.align == "learned" and (inputs.recipe.data is None or not inputs.recipe.calibration_tokens):
+        raise RecipeError("`align: learned` reads text: give `data`, and calibration_tokens above 0, or align: true")
     config = inputs.checkpoint_config(spec.init, spec.revision)
     check_neighbors(config, large_config, spec.init, sizes=large)
     inputs.check_tokenizer(spec.init, spec.revision)

@@ -29,7 +29,6 @@ from cbd_hub.hub.load import check_headers, load_config, load_model
 from cbd_hub.hub.read import Location
 from cbd_hub.hub.untrusted import guarded, is_tokenizer_file
 from cbd_hub.initialization.fresh import fresh_config, fresh_model
-from cbd_hub.initialization.refit import REFIT_TOKENS
 from cbd_hub.manifest.manifest import Training
 from cbd_hub.text.documents import Documents
 from cbd_hub.text.packing import mix, pack_as, token_batches, train_tokenizer
@@ -196,12 +195,12 @@ class BuildInputs:
         rows = max(1, most // self.recipe.data.sequence_length)
         return torch.cat(list(islice(token_batches(self.text.validation, 1), rows)))
 
-    def refit_blocks(self) -> torch.Tensor | None:
-        """Token ids (N, S) of the training text for the refit of a start: never those that checkpoints are chosen by,
-        which a least-squares fit would overfit unseen."""
+    def training_blocks(self, tokens: int) -> torch.Tensor | None:
+        """Token ids (N, S) of the first training text, for a refit or a learned alignment: never those that
+        checkpoints are chosen by, which a fit would overfit unseen. None without text."""
         if self.text is None or self.recipe.data is None:
             return None
-        rows = max(1, REFIT_TOKENS // self.recipe.data.sequence_length)
+        rows = max(1, tokens // self.recipe.data.sequence_length)
         return torch.cat(list(islice(token_batches(self.text.train, 1), rows)))
 
     @property

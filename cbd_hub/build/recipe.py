@@ -104,8 +104,9 @@ class AnchorSpec(Settings):
     """A checkpoint (folder or repo id) to start from instead of a subset of the larger neighbor."""
     revision: str | None = None
     """Branch, tag or commit of ``init``."""
-    align: bool = True
-    """Write ``init`` in its neighbor's units first (:mod:`cbd_hub.alignment.align`); False takes it as it is."""
+    align: bool | Literal["learned"] = True
+    """Write ``init`` in its neighbor's units first (:mod:`cbd_hub.alignment.align`), with ``learned`` maps on top
+    (:mod:`cbd_hub.alignment.learned`); False takes it as it is."""
     name: Name | None = None
     """By default the recipe's name and the size."""
     tokens: TokenCount | None = None

@@ -92,8 +92,8 @@ def test_a_checkpoint_that_is_not_there_is_an_error_of_the_recipe(tmp_path: Path
         build_chain(recipe, tmp_path / "chain", progress=False)
 
 
-@pytest.mark.parametrize("align", [True, False])
-def test_a_chain_of_public_checkpoints(tmp_path: Path, align: bool) -> None:
+@pytest.mark.parametrize("align", [True, "learned", False])
+def test_a_chain_of_public_checkpoints(tmp_path: Path, align: bool | str) -> None:
     """The build measures the barrier and acts on it; the anchor's own function stays what it was."""
     public = stranger(tmp_path / "public")
     recipe = tiny_recipe(
@@ -186,6 +186,17 @@ def test_a_tokenizer_that_splits_otherwise_is_refused() -> None:
     other.backend_tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
     with pytest.raises(RecipeError, match="it splits text otherwise"):
         check_tokenizers(own, other, "other")
+
+
+def test_learning_an_alignment_needs_text(tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        source={"model": str(anchor(0))},
+        tokenizer=None,
+        anchors=[{"init": str(anchor(1)), "align": "learned", "tokens": 0}],
+        calibration_tokens=0,
+    )
+    with pytest.raises(RecipeError, match=r"`align: learned` reads text: .*calibration_tokens above 0"):
+        build_chain(recipe, tmp_path / "chain", progress=False)
 
 
 def test_it_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:

@@ -134,12 +134,12 @@ def test_what_refine_gets_is_validation_text_too(tmp_path: Path) -> None:
 
 def test_a_refit_looks_at_training_text_alone(tmp_path: Path) -> None:
     ingredients = made()
-    blocks = ingredients.refit_blocks()
+    blocks = ingredients.training_blocks(REFIT_TOKENS)
     assert blocks is not None and ingredients.text is not None
     assert blocks.tolist() == ingredients.text.train["input_ids"][: REFIT_TOKENS // 32]
     held_out = {tuple(ids) for ids in ingredients.text.validation["input_ids"]}
     assert not held_out & {tuple(ids) for ids in blocks.tolist()}
-    assert of_model(tmp_path).refit_blocks() is None
+    assert of_model(tmp_path).training_blocks(REFIT_TOKENS) is None
 
 
 def test_without_data_there_is_neither_text_nor_calibration(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_all_text_of_a_build_begins_as_the_tokenizer_begins_it(begun_chain: Path
     inputs = made(tokenizer=str(begun_chain))
     tokenizer = inputs.tokenizer
     assert inputs.text is not None and tokenizer is not None
-    calibration, refit, validation = inputs.calibration(), inputs.refit_blocks(), inputs.validation
+    calibration, refit, validation = inputs.calibration(), inputs.training_blocks(REFIT_TOKENS), inputs.validation
     assert calibration is not None and refit is not None and validation is not None
     for blocks in (inputs.text.train, inputs.text.validation, inputs.text.test, validation):
         assert {ids[0] for ids in blocks["input_ids"]} == {tokenizer.bos_token_id}
