@@ -30,6 +30,7 @@ from cbd_hub.alignment.align import LEAST_GAIN, check_logits, first_logits, head
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.grammar import product
 from cbd_hub.axes.sizing import Sizes, count_parameters, solve
+from cbd_hub.devices import working_device
 from cbd_hub.errors import SizeError
 from cbd_hub.evaluation.held_out import evaluate_loss
 from cbd_hub.interpolation.materialize import blend_models, make_tensor
@@ -81,7 +82,7 @@ def learn_maps(
     Raises:
         AxisMapError: The map does not describe the models: maps that keep the function changed the logits.
     """
-    device = torch.accelerator.current_accelerator(check_available=True) or large.device
+    device = working_device()
     large, start = (copy.deepcopy(model).float().eval() for model in (large, small))
     maps = _Maps(start, pair).to(device)
     _learn(maps, large, start, pair, blocks, device, progress)
