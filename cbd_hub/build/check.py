@@ -24,6 +24,7 @@ from cbd_hub.errors import CbdError, RecipeError
 from cbd_hub.initialization.fresh import fresh_config
 from cbd_hub.interpolation.control_points import choose_rank
 from cbd_hub.interpolation.pair import Pair
+from cbd_hub.training.trackers import check_trackers
 
 __all__ = ["BuildPlan", "PlannedAnchor", "anchor_sizes", "check_inputs", "check_recipe"]
 
@@ -113,6 +114,14 @@ def check_inputs(inputs: BuildInputs, output: Path) -> BuildPlan:
     if recipe.axis_map is not None:
         register_axis_map(AxisMap.from_dict(recipe.axis_map))
     config: PreTrainedConfig | None = None
+    train = recipe.bridge or recipe.source.train
+    with noted:
+        if recipe.data is not None:
+            check_trackers(recipe.distillation.report_to, "distillation.report_to")
+    with noted:
+        if train is not None:
+            key = "source.train" if recipe.bridge is None else "bridge"
+            check_trackers(train.training.report_to, f"{key}.training.report_to")
     with noted:
         if recipe.data is not None:
             _ = inputs.splits
@@ -135,7 +144,6 @@ def check_inputs(inputs: BuildInputs, output: Path) -> BuildPlan:
     with noted:
         axis_map = axis_map_for(config)
         sizes: Sizes = axis_map.sizes(config)
-        train = recipe.bridge or recipe.source.train
         count, tokens = count_parameters(axis_map, sizes), 0 if train is None else train.training.tokens
         anchors.append(PlannedAnchor(count, axis_map.config_fields(sizes), tokens, 1.0))
         seconds = 6.0 * count * tokens

@@ -31,6 +31,7 @@ from cbd_hub.manifest.manifest import Training
 from cbd_hub.progress import stage_line
 from cbd_hub.training.curve import Curve
 from cbd_hub.training.settings import DistillationConfig
+from cbd_hub.training.trackers import check_trackers
 from cbd_hub.training.trainer import AnchorTrainer, collate
 
 __all__ = [
@@ -100,13 +101,15 @@ def distill(
         progress: Show a progress bar, unless ``HF_HUB_DISABLE_PROGRESS_BARS`` is set.
 
     Raises:
-        RecipeError: No training text, fp16 without an accelerator, or vocabularies that differ.
+        RecipeError: No training text, fp16 without an accelerator, a tracker that is not installed, or vocabularies
+            that differ.
     """
     if config.tokens == 0 and curve is None:
         student.eval()
         return Training(tokens=0, seed=config.seed)
     if config.precision == "fp16" and not torch.accelerator.is_available():
         raise RecipeError("precision fp16 needs an accelerator and none was found; use float32 or bf16.")
+    check_trackers(config.report_to)
     if (first := next(iter(train), None)) is None:
         raise RecipeError("There is no training text: the training split has no block.")
     ends = kept_units = None

@@ -44,6 +44,7 @@ from cbd_hub.text.settings import DataConfig
 from cbd_hub.text.splits import load_splits
 from cbd_hub.training.distill import distill
 from cbd_hub.training.settings import DistillationConfig
+from cbd_hub.training.trackers import check_trackers
 
 __all__ = [
     "RecoverConfig",
@@ -121,9 +122,10 @@ def recover(
         ``training.eval_every`` steps (11 in all if that is None).
 
     Raises:
-        RecipeError: No text or too little, no tokens to train on, blocks longer than the model's context, or a
-            vocabulary that differs between model, tokenizer and teacher.
+        RecipeError: No text or too little, no tokens to train on, a tracker that is not installed, blocks longer
+            than the model's context, or a vocabulary that differs between model, tokenizer and teacher.
     """
+    check_trackers(training.report_to, "training.report_to")
     if training.tokens == 0:
         raise RecipeError("training.tokens is 0: a recovery trains; give it tokens, such as '5M'.")
     _check(model, tokenizer, data, teacher)
@@ -165,6 +167,7 @@ def recover_folder(
         ChainNotFoundError: No such model or teacher.
         RecipeError: As :func:`recover` says.
     """
+    check_trackers(config.training.report_to, "training.report_to")
     with whole_folder(output) as folder, TemporaryDirectory() as work:
         start, tokenizer = _open(str(model))
         dtype, data = start.dtype, config.data

@@ -1,5 +1,6 @@
 """What a build would stop at is said before it starts, all of it at once; what it will do is shown."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -196,3 +197,12 @@ def test_two_builds_in_one_folder(tmp_path: Path) -> None:
     assert sorted(process.returncode for process in both) == [0, 1]
     assert any("another process is building in" in text for text in said)
     assert len(Chain.from_pretrained(tmp_path / "chain").anchors) == 3
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_the_build(tmp_path: Path) -> None:
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    distillation = {**tiny_recipe()["distillation"], "report_to": "wandb"}
+    told = problems(tiny_recipe(distillation=distillation), tmp_path / "chain")
+    how = "pip install wandb, or set distillation.report_to to none"
+    assert told == [f"distillation.report_to names 'wandb', which cannot be used here: {how}"]

@@ -207,3 +207,10 @@ def test_a_teacher_of_another_vocabulary_is_refused(chain: Chain, folder: Path, 
         large = train_tokenizer([{"text": text.read_text()} for text in TEXT.glob("18*.txt")], 400)
         recover(load(folder), large, DATA, TRAINING, work_dir=tmp_path / "work", progress=False)
     assert not (tmp_path / "work").exists() and not (tmp_path / "out").exists()
+
+
+def test_an_unknown_tracker_is_refused_before_the_model_is_opened(tmp_path: Path) -> None:
+    config = RecoverConfig(data=DATA, training=TRAINING.model_copy(update={"report_to": "wanbd"}))
+    with pytest.raises(RecipeError, match=r"training.report_to names 'wanbd'; allowed: .*wandb"):
+        recover_folder(tmp_path / "no model", config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -23,6 +23,7 @@ from tiny_pair import LENGTH, VOCAB, packed_text, pair
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
 
+from cbd_hub.errors import RecipeError
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.training.distill import block_ends, distill
 from cbd_hub.training.settings import DistillationConfig
@@ -264,7 +265,7 @@ def test_report_to_is_that_of_the_trainer(tmp_path: Path, blocks: tuple[Dataset,
         distill(student, teacher, *blocks, config, work_dir=tmp_path, progress=False)
         assert list(tmp_path.rglob("events.out.tfevents.*"))
     else:
-        with pytest.raises(RuntimeError, match="TensorBoardCallback requires tensorboard"):
+        with pytest.raises(RecipeError, match=r"report_to names 'tensorboard'.*pip install tensorboard"):
             distill(student, teacher, *blocks, config, work_dir=tmp_path, progress=False)
 
 
