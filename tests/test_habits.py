@@ -63,3 +63,10 @@ def test_what_is_promised_is_tested() -> None:
         path, _, function = name.partition("::")
         assert (ROOT / path).is_file(), name
         assert not function or f"def {function}(" in (ROOT / path).read_text(encoding="utf-8"), name
+
+
+def test_only_the_upload_may_ask_for_an_identity() -> None:
+    jobs = load(".github/workflows/publish.yml")["jobs"]
+    assert jobs["publish"]["permissions"] == {"id-token": "write"} and jobs["publish"]["environment"] == "pypi"
+    assert not any("checkout" in step["uses"] for step in jobs["publish"]["steps"])  # no code of ours runs there
+    assert "permissions" not in jobs["build"] and jobs["publish"]["needs"] == "build"

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
+def files(folder: Path, pattern: str) -> dict[str, Path]:
+    """Name → path of the files below a folder; folders have dots in their names too."""
+    found = [path for path in folder.glob(pattern) if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(folder).as_posix(): path for path in found}
+
+
 def built(kind: str, source: Path, folder: Path) -> Path:
     """The wheel or sdist of a source folder, built by the build backend itself."""
     code = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
@@ -124,10 +132,8 @@ def test_an_installed_package_runs_outside_the_checkout(kind: str, source: Path,
     home = Path(python("import cbd_hub; print(cbd_hub.__path__[0])"))
     assert home.is_relative_to(tmp_path / "fresh")
     # Every file of the package and nothing else.
-    carried = {
-        path.relative_to(home).as_posix(): path for path in home.rglob("*.*") if "__pycache__" not in path.parts
-    }
-    expected = {path.relative_to(source / "cbd_hub").as_posix(): path for path in source.glob("cbd_hub/**/*.*")}
+    carried = files(home, "**/*")
+    expected = files(source / "cbd_hub", "**/*")
     expected |= {f"cards/{name}": source / "cards" / name for name in TEMPLATES}
     assert carried.keys() == expected.keys()
     assert {"py.typed", "cards/chain.md.jinja", "evaluation/task_files/boolq.yaml"} <= carried.keys()
@@ -140,12 +146,31 @@ def test_an_installed_package_runs_outside_the_checkout(kind: str, source: Path,
     assert facts["cbd_hub"] == importlib.metadata.version("cbd_hub")
     written = json.loads(run(programs / "cbd-hub", "demo", "--num-parameters", "500k", "--json", cwd=elsewhere))
     assert abs(written["num_parameters"] - 500_000) < 5000 and len(written["text"]) > 60
+    count = "from cbd_hub import from_chain; print(from_chain('quickstart', '700k').num_parameters())"
+    made_offline = run(programs / "python", "-c", count, cwd=elsewhere, HF_HUB_OFFLINE="1", HF_HOME="no-cache")
+    assert abs(int(made_offline) - 700_000) < 7000
     # A model with its card, from the installed templates.
     chain = add_tokenizer(make_chain(tmp_path / "chain", variant_model("llama", vocab_size=300)))
     size = json.loads((chain / "chain.json").read_text(encoding="utf-8"))["anchors"][1]["num_parameters"]
     made = ("from-chain", chain, "--num-parameters", size, "--output", "model", "--json")
     assert json.loads(run(programs / "cbd-hub", *made, cwd=elsewhere))["num_parameters"] == size
     assert "library_name: transformers" in (elsewhere / "model" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_index_would_take_the_package(source: Path, tmp_path: Path) -> None:
+    """What is uploaded, built as a release builds it: an sdist, and from it a wheel, with the small chain in both."""
+    for tool in ("build", "twine"):
+        pytest.importorskip(tool, reason=f"needs {tool}: pip install 'cbd_hub[release]'")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, source, cwd=tmp_path)
+    (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    told = run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist, cwd=tmp_path)
+    assert told.count("PASSED") == 2
+    demo = files(source, "cbd_hub/demo/**/*").keys()
+    assert "cbd_hub/demo/chain.json" in demo and demo <= set(zipfile.ZipFile(wheel).namelist())
+    with tarfile.open(sdist) as archive:
+        assert demo <= {name.partition("/")[2] for name in archive.getnames()}
+    assert wheel.stat().st_size < 20e6  # people download it to try it
 
 
 def test_lower_bounds_become_constraints(tmp_path: Path) -> None:
