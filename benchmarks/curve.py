@@ -103,21 +103,13 @@ class Bench:
         return harness.loss(model, self.inputs.text.test, batch_size=16, max_tokens=20_000).loss
 
     def train(
-        self,
-        student: PreTrainedModel,
-        tokens: int,
-        seed: int,
-        *,
-        curve: Any = None,
-        index_map: Any = None,
-        rate: float = 1.0,
+        self, student: PreTrainedModel, tokens: int, seed: int, curve: Any = None, units: Any = None, rate: float = 1
     ) -> None:
         """Distills in place, at a share of the anchors' learning rate."""
         changes = {"tokens": tokens, "seed": seed, "learning_rate": rate * self.config.learning_rate}
         config = self.config.model_copy(update=changes)
         text = self.inputs.text.train, self.inputs.validation
-        units = index_map or self.pair.index_map
-        harness.train(student, self.large, *text, config, curve=curve, index_map=units)
+        harness.train(student, self.large, *text, config, curve=curve, index_map=units or self.pair.index_map)
 
     def curve(self, student: PreTrainedModel, seed: int, together: bool) -> Curve:
         """A curve from the large anchor to a student, trained with it or after it."""
@@ -183,7 +175,7 @@ class Bench:
         """Distilled for this size alone."""
         student, layers = self.prune(point), self.pair.layers(point.sizes["layers"])
         index_map = IndexMap(kept_first(layers, self.pair.large["layers"]), self.pair.index_map.orders)
-        self.train(student, round(part * self.config.tokens), seed, index_map=index_map, rate=rate)
+        self.train(student, round(part * self.config.tokens), seed, units=index_map, rate=rate)
         return student
 
 
@@ -216,9 +208,7 @@ def measure(bench: Bench, seed: int, keep: Callable[[str, Callable[[], dict[str,
             "elastic": lambda point: bench.prune(point, elastic()),
         }.items()
     }
-    arms |= {
-        f"direct {n}": (partial(bench.direct, part, rate, seed), at) for n, (part, rate, at) in bench.parts.items()
-    }
+    arms |= {f"direct {n}": (partial(bench.direct, *how, seed), at) for n, (*how, at) in bench.parts.items()}
     for name, models_of in ends.items():
         keep(name, lambda of=models_of: {end: bench.loss(model()) for end, model in of.items()})
     for name, (make, where) in arms.items():
