@@ -101,7 +101,7 @@ def test_most_of_the_python_runs() -> None:
     told = [(page.name, info) for page in PAGES if page != README for info, _ in blocks(page) if "py" in info.lower()]
     assert {info for _, info in told} <= {"python", "python run", "python no-run"}
     assert len(PYTHON) >= 7
-    assert [name for name, info in told if info == "python no-run"] == ["evaluate.md", "export.md"]
+    assert [name for name, info in told if info == "python no-run"] == ["evaluate.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
