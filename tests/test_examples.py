@@ -1,4 +1,4 @@
-"""The quickstart, run as a user runs it, on a recipe of seconds."""
+"""The quickstart, the notebook and the other examples, run as a user runs them."""
 
 import json
 import math
@@ -78,3 +78,26 @@ def test_the_recipes_that_are_shipped_can_be_read() -> None:
             assert "python examples/smollm2.py" in path.read_text()
         else:
             assert list(base.glob(files))
+
+
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    """Its cells, one after another in one process, as a reader would run them; it is kept without outputs."""
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) == 7 and not any(cell["outputs"] for cell in cells)
+    script = "\n".join("".join(cell["source"]) for cell in cells) + "\nprint(folder)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = re.search(r"held-out loss, nats a token: (\S+) before, (\S+) after", done.stdout)
+    assert found and float(found[2]) < float(found[1]) - 0.1
+    folder = Path(done.stdout.splitlines()[-1])
+    assert folder.parent == tmp_path and (folder / "rhymes.gguf").read_bytes().startswith(b"GGUF")
+    assert f"{(folder / 'rhymes.gguf').stat().st_size:,} bytes as q8_0" in done.stdout
+    names = {place for cell in notebook["cells"] for place in re.findall(r"\]\(([^)]+)\)", "".join(cell["source"]))}
+    assert len(names) == 4 and all((ROOT / "examples" / name).is_file() for name in names)

@@ -1,4 +1,4 @@
-"""ONNX and MLX: the commands of docs/how-to/export.md, each in an environment of its own, and the logits afterwards."""
+"""ONNX and MLX: the commands of docs/how-to/export.md, each in an environment of its own, and the logits then."""
 
 import json
 import os
