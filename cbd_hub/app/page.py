@@ -51,6 +51,7 @@ def launch(
     port: int | None = None,
     share: bool = False,
     browser: bool = True,
+    write: Callable[..., Iterator[str]] = complete,
 ) -> None:
     """Serves the page until it is stopped (Ctrl-C), on this machine's loopback address.
 
@@ -62,6 +63,8 @@ def launch(
         port: None is the first free one from 7860 on.
         share: Let others reach the page, through gradio's servers.
         browser: Open the page in a browser.
+        write: What continues a text, with the arguments of :func:`cbd_hub.app.workbench.complete`: a Space borrows a
+            GPU for it.
 
     Raises:
         CbdError: gradio is not installed.
@@ -79,7 +82,7 @@ def launch(
         slider_color=BLUE,
         **dict.fromkeys(("body_text_color_subdued", "block_info_text_color", "input_placeholder_color"), "#6b7280"),
     )
-    _page(gr, bench, alone).launch(
+    _page(gr, bench, alone, write).launch(
         server_port=port,
         share=share,
         inbrowser=browser,
@@ -114,7 +117,7 @@ def _telling(place: Any) -> Callable[[Callable[..., Iterator[Any]]], Callable[..
     return wrap
 
 
-def _page(gr: Any, bench: Workbench, alone: bool) -> Any:
+def _page(gr: Any, bench: Workbench, alone: bool, write: Callable[..., Iterator[str]]) -> Any:
     """The page; ``alone`` where only the user of this machine can reach it."""
     bar = gr.Progress(track_tqdm=True)
     with gr.Blocks(title=f"Chain {bench.location.place}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -217,7 +220,7 @@ def _page(gr: Any, bench: Workbench, alone: bool) -> Any:
             for place, name, each in zip(texts, names, (small, plan, large), strict=True):
                 label = f"{name}, {format_count(each.num_parameters)}"
                 yield {place: gr.Textbox(value="", label=label)}
-                for written in complete(bench.model(each), chain.tokenizer, text, most, heat, share):
+                for written in write(bench.model(each), chain.tokenizer, text, most, heat, share):
                     yield {place: written}
             how = f"temperature {heat:g}, top p {share:g}" if heat else "the likeliest token each time"
             yield {generating: message_html(f"Done: {how}.")}

@@ -332,6 +332,8 @@ def test_the_space_serves_the_chain_of_its_variable(browser: Any, folder: Path, 
         tab.locator("#curve img").wait_for(timeout=60_000)
         assert tab.get_by_role("button", name="Push to the Hub").is_visible()
         assert not tab.get_by_role("button", name="Save to the folder").is_visible()  # others can reach a Space
+        tab.get_by_role("button", name="Generate").click()
+        tab.locator("#generating").get_by_text("Done").wait_for(timeout=60_000)
         tab.close()
     finally:
         process.terminate()

@@ -1,15 +1,18 @@
 """Models of the page: made once, kept, packed, and writing."""
 
+import multiprocessing
 import shutil
 import zipfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from cbd_hub.app.workbench import Workbench, complete
+from cbd_hub.chain.chain import Chain
 from cbd_hub.errors import ChainNotFoundError, RecipeError
 
 
@@ -75,3 +78,22 @@ def test_tokens_are_drawn_as_asked_and_a_failure_reaches_the_reader(folder: Path
     model.get_output_embeddings().to(torch.float32)
     with pytest.raises(RuntimeError, match="dtype"):
         list(complete(model, tokenizer, "The state", 5))
+
+
+def _write_elsewhere(asked: Any, written: Any) -> None:
+    for text in complete(*asked.get()):
+        written.put(text)
+    written.put(None)
+
+
+def test_a_process_that_is_handed_the_model_writes_the_same(chain: Chain) -> None:
+    """As on ZeroGPU, where texts are written in a fork that is there first and is handed all arguments."""
+    forked = multiprocessing.get_context("fork")
+    asked, written = forked.SimpleQueue(), forked.SimpleQueue()
+    process = forked.Process(target=_write_elsewhere, args=(asked, written))
+    process.start()
+    arguments = (chain("100k"), chain.tokenizer, "The state of the Union", 20, 0.0, 1.0)
+    asked.put(arguments)
+    texts = list(iter(written.get, None))
+    process.join(20)
+    assert process.exitcode == 0 and texts[-1] == list(complete(*arguments))[-1] != ""
