@@ -55,6 +55,7 @@ STYLE = """
 _OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 _JOINED = ("auto", "interpolate")  # the methods whose points, with the anchors', give a plan's expected loss
+_LABELS = {"interpolate": "measured on the line", "bezier": "measured on the curve"}
 _UNITS = ((10**9, "billion"), (10**6, "million"), (10**3, "thousand"), (1, ""))
 _FEWEST_STEPS = 100
 
@@ -118,14 +119,15 @@ class SizeScale:
 def curve_points(manifest: Manifest) -> dict[str, list[tuple[int, float]]]:
     """Returns a chain's measured losses: method → points (parameters, nats a token), smallest first.
 
-    The first line, ``interpolate``, joins the anchors and what was interpolated between them: a plan's expected loss
-    lies on it. There is none where no anchor was measured.
+    The lines ``interpolate`` and ``bezier`` join the anchors and what was measured between them, so a plan's expected
+    loss lies on the line of its method. There is none where no anchor was measured.
     """
     anchors = [(a.num_parameters, a.evaluation.loss) for a in manifest.anchors if a.evaluation]
-    lines = {"interpolate": anchors} if anchors else {}
+    lines = {"interpolate": [*anchors]} if anchors else {}
     for point in manifest.curve:
         method = "interpolate" if point.method in _JOINED else point.method
-        lines.setdefault(method, []).append((point.num_parameters, point.loss))
+        line = lines.setdefault(method, [*anchors] if method == "bezier" else [])
+        line.append((point.num_parameters, point.loss))
     return {method: sorted(line) for method, line in lines.items()}
 
 
@@ -136,7 +138,7 @@ def curve_text(manifest: Manifest, count: int, loss: float | None) -> str:
         for a in manifest.anchors
         if a.evaluation
     ]
-    between = sum(len(line) for line in curve_points(manifest).values()) - len(measured)
+    between = len({point.num_parameters for point in manifest.curve})
     expected = "not known" if loss is None else f"{loss:.3f}"
     return (
         f"Held-out loss over size, in nats a token. Anchors: {', '.join(measured) or 'not measured'}. Sizes measured "
@@ -160,7 +162,7 @@ def curve_html(manifest: Manifest, count: int, loss: float | None) -> str:
     figure = Figure(figsize=(5.6, 3.5), layout="constrained")  # small, so that its text can be read on a phone
     axes = figure.add_subplot()
     for index, (method, line) in enumerate(curve_points(manifest).items()):
-        label = "measured" if method == "interpolate" else f"measured, {method}"
+        label = _LABELS.get(method, f"measured, {method}")
         color = (BLUE, *_OTHERS)[index % (1 + len(_OTHERS))]
         axes.plot(*zip(*line, strict=True), "o-", color=color, linewidth=2, markersize=4, label=label)
     sizes = [a.num_parameters for a in manifest.anchors if a.evaluation]

@@ -314,6 +314,43 @@ def test_the_page_fits_a_phone_and_everything_has_a_name(page: Any) -> None:
     assert page.evaluate(outside) == []
 
 
+CONTRAST = """() => {
+    const part = color => color.match(/[\\d.]+/g).map(Number)
+    const light = color => part(color).slice(0, 3).map(v => v / 255)
+        .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0)
+    const behind = e => {
+        for (; e; e = e.parentElement) {
+            const [, , , alpha = 1] = part(getComputedStyle(e).backgroundColor)
+            if (alpha > 0.99) return getComputedStyle(e).backgroundColor
+        }
+        return "rgb(255, 255, 255)"
+    }
+    return [...document.querySelectorAll("main h1, main h2, main p, main th, main td, main button, main label span")]
+        .filter(e => e.checkVisibility() && e.innerText.trim())
+        .map(e => {
+            const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((a, b) => b - a)
+            return [e.innerText.trim(), (a + 0.05) / (b + 0.05)]
+        })
+}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_can_be_read_by_day_and_by_night(browser: Any, pages: dict[str, Served], scheme: str) -> None:
+    """4.5 : 1 between text and what is behind it (WCAG 2.2, 1.4.3)."""
+    tab = browser.new_page(color_scheme=scheme)
+    tab.goto(pages["chain"].url)
+    tab.locator("#curve img").wait_for(timeout=60_000)
+    build(tab)
+    texts = tab.evaluate(CONTRAST)
+    dark = tab.evaluate("document.body.classList.contains('dark')")
+    tab.close()
+    assert dark == (scheme == "dark")
+    assert {"Build", "Generate", "The plan"} & {text for text, _ in texts} and len(texts) > 20
+    assert [(text, ratio) for text, ratio in texts if ratio < 4.5] == []
+
+
 @pytest.mark.slow
 def test_the_space_serves_the_chain_of_its_variable(browser: Any, folder: Path, tmp_path: Path) -> None:
     space = Path(__file__).resolve().parents[2] / "examples" / "space"

@@ -50,6 +50,10 @@ def test_the_curve_joins_anchors_and_interpolated_sizes(measured: Manifest) -> N
     assert [loss for _, loss in lines["interpolate"]] == [5.0, 4.0, 3.5, 3.1, 3.0]
     assert lines["$x$<b>"] == [(measured.curve[2].num_parameters, 4.5)]
     assert app_data.curve_points(measured.model_copy(update={"anchors": [], "curve": []})) == {}
+    bent = measured.curve[1].model_copy(update={"loss": 3.4, "method": "bezier"})
+    lines = app_data.curve_points(measured.model_copy(update={"curve": [*measured.curve, bent]}))
+    assert [loss for _, loss in lines["bezier"]] == [5.0, 4.0, 3.4, 3.0]  # the curve runs through the anchors as well
+    assert [loss for _, loss in lines["interpolate"]] == [5.0, 4.0, 3.5, 3.1, 3.0]
 
 
 def test_the_picture_says_in_words_what_it_shows(measured: Manifest) -> None:
@@ -59,7 +63,7 @@ def test_the_picture_says_in_words_what_it_shows(measured: Manifest) -> None:
     assert base64.b64decode(drawn[1]).lstrip().startswith(b"<?xml")
     (image,) = tags(html)
     assert "100k parameters, expected loss 3.750" in image["alt"]
-    assert "a0" in image["alt"] and "3.000" in image["alt"] and "between: 3" in image["alt"]
+    assert "a0" in image["alt"] and "3.000" in image["alt"] and "between: 2" in image["alt"]
     assert "not measured" in app_data.curve_text(measured.model_copy(update={"anchors": []}), 1, None)
 
 
