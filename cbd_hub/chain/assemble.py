@@ -5,10 +5,11 @@ float32, cast once, and its sources dropped before the next. Peak memory stays n
 pair of source tensors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,16 +22,27 @@ from cbd_hub.hub.sources import open_checkpoint, open_control_point, reader, wei
 from cbd_hub.hub.untrusted import guarded, read_config, read_generation_config
 from cbd_hub.interpolation.checkpoints import Checkpoint
 from cbd_hub.interpolation.control_points import factor_shapes
-from cbd_hub.interpolation.materialize import Read, blend, build_model, parse_dtype, plain_defaults, target_config
+from cbd_hub.interpolation.materialize import (
+    Read,
+    blend,
+    build_model,
+    empty_model,
+    parse_dtype,
+    plain_defaults,
+    saved_names,
+    target_config,
+)
+from cbd_hub.interpolation.operations import TensorOp
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.interpolation.ranges import Run
+from cbd_hub.interpolation.weight_file import write_tensors
 from cbd_hub.manifest.manifest import Anchor
 from cbd_hub.progress import progress_bar
 
 if TYPE_CHECKING:
     from cbd_hub.chain.chain import Chain
 
-__all__ = ["anchor_config", "assemble", "open_weights"]
+__all__ = ["anchor_config", "assemble", "assemble_into", "open_weights"]
 
 
 def open_weights(
@@ -98,6 +110,61 @@ def assemble(
         from cbd_hub.chain.refine import choose  # which brings datasets along
 
         return choose(plan, chain.manifest, make, load_large, chain.calibration, out_dtype, progress)
+    config, tensors = _opened(chain, plan, plan.operations, out_dtype, progress)
+    model = guarded(f"config.json of anchor {large.name!r}", partial(build_model, config, dict(tensors), out_dtype))
+    _finish(chain, model, plan)
+    return model
+
+
+@plain_defaults()
+def assemble_into(
+    chain: "Chain", plan: Plan, folder: Path, dtype: str | torch.dtype = "auto", progress: bool = True
+) -> PreTrainedConfig:
+    """Carries out a plan into a folder: weights, config and generation config, the weights one tensor at a time.
+
+    The files are those that ``assemble(...).save_pretrained(folder)`` writes, byte for byte.
+
+    Args:
+        chain: The chain.
+        plan: From ``chain.plan``.
+        folder: An existing folder.
+        dtype: ``"auto"`` keeps the anchors'.
+        progress: Show a progress bar.
+
+    Returns:
+        The model's config.
+
+    Memory: the largest pair of source tensors and what is made of them.
+
+    Raises:
+        IntegrityError: The anchors' files are not what the manifest says.
+        ManifestError: A config contradicts the manifest.
+    """
+    large = next(entry for entry in chain.manifest.anchors if entry.name == plan.large)
+    out_dtype = parse_dtype(large.dtype if dtype == "auto" else dtype)
+    config = target_config(anchor_config(chain, large), plan.pair, plan.sizes)
+    shapes = {op.name: op.shape for op in plan.operations}
+    model = guarded(f"config.json of anchor {large.name!r}", partial(empty_model, config, shapes, out_dtype))
+    keys = saved_names(model)
+    operations = sorted(plan.operations, key=lambda op: keys[op.name])
+    _, tensors = _opened(chain, plan, operations, out_dtype, progress)
+    named = ((keys[name], tensor) for name, tensor in tensors)
+    write_tensors(folder / "model.safetensors", {keys[n]: shape for n, shape in shapes.items()}, out_dtype, named)
+    _finish(chain, model, plan)
+    model.config.dtype = str(out_dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    return model.config
+
+
+def _opened(
+    chain: "Chain", plan: Plan, operations: Sequence[TensorOp], dtype: torch.dtype, progress: bool
+) -> tuple[PreTrainedConfig, Iterator[tuple[str, torch.Tensor]]]:
+    """The target's config, and its tensors in the order of some operations, made as they are asked for."""
+    entries = {entry.name: entry for entry in chain.manifest.anchors}
+    large, small = entries[plan.large], entries[plan.small]
     config = target_config(anchor_config(chain, large), plan.pair, plan.sizes)
     if small is not large:
         anchor_config(chain, small)  # checked, though what a model needs of it stands in the manifest
@@ -112,15 +179,18 @@ def assemble(
     read_large = read(large)
     read_small = read_large if small is large else read(small)
     label = f"{plan.method} {chain.manifest.name}"
-    operations = progress_bar(plan.operations, label, unit="tensor", enabled=progress)
-    state = dict(blend(operations, plan.pair, plan.sizes, read_large, read_small, out_dtype, read_control))
-    model = guarded(f"config.json of anchor {large.name!r}", partial(build_model, config, state, out_dtype))
+    shown = progress_bar(operations, label, unit="tensor", enabled=progress)
+    return config, blend(shown, plan.pair, plan.sizes, read_large, read_small, dtype, read_control)
+
+
+def _finish(chain: "Chain", model: PreTrainedModel, plan: Plan) -> None:
+    """Gives a model its generation config, and its origin."""
+    large = next(entry for entry in chain.manifest.anchors if entry.name == plan.large)
     if "generation_config.json" in large.files:
         place = anchor_place(chain.location, large)
         path = checked_file(place, "generation_config.json", large.files["generation_config.json"])
         model.generation_config = read_generation_config(path)
     _sign(chain, model, plan)
-    return model
 
 
 def _control_reader(chain: "Chain", small: Anchor, plan: Plan, dtype: str, progress: bool) -> Read:

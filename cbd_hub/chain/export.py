@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cbd_hub.chain.assemble import assemble_into
 from cbd_hub.files import clear_full_disk, copy_files, whole_folder
 from cbd_hub.hub import cards
 from cbd_hub.interpolation.plan import Plan
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from cbd_hub.chain.chain import Chain
 
 __all__ = ["write_model"]
+
+
+_ONE_FILE = 50 * 10**9
+"""Bytes up to which transformers writes one file."""
 
 
 def write_model(
@@ -38,16 +43,22 @@ def write_model(
         refine: Compare other ways to make it and keep the best (:mod:`cbd_hub.chain.refine`).
         repo_id: Where the folder will be published (:func:`cbd_hub.hub.publish.publish_folder`); its card says so.
 
+    Memory: a tensor at a time; the whole model where it is refined, or takes several files (above 50 GB in float32).
+
     Raises:
         OutputExistsError: The folder is not empty.
         IntegrityError: The chain's files are not what its manifest says.
     """
     with clear_full_disk(Path(folder)), whole_folder(folder) as temporary:
-        model = chain.initialize(plan, refine, dtype=dtype, progress=progress)
-        model.save_pretrained(temporary)
+        if refine or 4 * plan.num_parameters > _ONE_FILE:
+            model = chain.initialize(plan, refine, dtype=dtype, progress=progress)
+            model.save_pretrained(temporary)
+            config = model.config
+        else:
+            config = assemble_into(chain, plan, temporary, dtype, progress)
         copy_files(chain.tokenizer_files, temporary)
-        _suit_older_readers(temporary, model.config.get_text_config().max_position_embeddings)
-        origin = model.config.cbd_hub
+        _suit_older_readers(temporary, config.get_text_config().max_position_embeddings)
+        origin = config.cbd_hub
         card = cards.model_card(
             chain.manifest,
             plan,

@@ -4,7 +4,7 @@
 assembly (anchors on disk) and building (a student cut out of a teacher in memory) alike.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from cbd_hub.axes.axis_map import AxisMap
 from cbd_hub.axes.sizing import Sizes
@@ -32,9 +33,11 @@ __all__ = [
     "build_model",
     "check_fits",
     "cut",
+    "empty_model",
     "make_tensor",
     "parse_dtype",
     "plain_defaults",
+    "saved_names",
     "target_config",
 ]
 
@@ -222,10 +225,7 @@ def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype:
     Raises:
         AxisMapError: No causal language model class for this config, or a parameter that was not loaded.
     """
-    try:
-        model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
-    except KeyError:
-        raise AxisMapError(f"transformers has no causal language model for {type(config).__name__}") from None
+    model_class = _model_class(config)
     with transformers_bars_off():  # nothing is loaded here: the tensors are there
         loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
@@ -239,6 +239,51 @@ def build_model(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype:
     model._weight_conversions = None  # saved under the keys of published checkpoints (GPT-NeoX's embed_out)
     made: PreTrainedModel = model.eval()
     return made
+
+
+def empty_model(config: PreTrainedConfig, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> PreTrainedModel:
+    """Returns a transformers model without weights (on the meta device) that has exactly the parameters named.
+
+    Args:
+        config: Of the model.
+        shapes: Name → shape of every parameter; tied ones once.
+        dtype: Of the parameters.
+
+    Raises:
+        AxisMapError: No causal language model class for this config, or it has other parameters.
+    """
+    model_class: Any = _model_class(config)
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+    model.tie_weights()
+    own = {name: list(parameter.shape) for name, parameter in model.named_parameters()}  # tied ones once
+    given = {name: list(shape) for name, shape in shapes.items()}
+    if own != given:
+        names = sorted(name for name in {**own, **given} if own.get(name) != given.get(name))
+        raise AxisMapError(f"the axis map does not cover {model_class.__name__}: {names}")
+    return model
+
+
+def saved_names(model: PreTrainedModel) -> dict[str, str]:
+    """Returns under which key ``save_pretrained`` writes each parameter: its name, but for GPT-NeoX's head.
+
+    Raises:
+        AxisMapError: The model's weights are not written one by one.
+    """
+    state = dict(model.named_parameters())
+    keys = {id(tensor): key for key, tensor in revert_weight_conversion(model, dict(state)).items()}
+    if len(keys) != len(state) or not all(id(tensor) in keys for tensor in state.values()):
+        raise AxisMapError(f"transformers merges weights of {type(model).__name__} when it saves them")
+    return {name: keys[id(tensor)] for name, tensor in state.items()}
+
+
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    try:
+        found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        raise AxisMapError(f"transformers has no causal language model for {type(config).__name__}") from None
+    model_class: type[PreTrainedModel] = found
+    return model_class
 
 
 def cut(model: PreTrainedModel, axis_map: AxisMap, large: Sizes, small: Sizes, index_map: IndexMap) -> PreTrainedModel:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from make_chain import make_chain, variant_model
+from tiny_models import FAMILIES
 from tiny_recipe import built_chain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cbd_hub.chain.assemble import assemble_into
 from cbd_hub.chain.chain import Chain
 from cbd_hub.chain.export import write_model
 from cbd_hub.errors import IntegrityError, OutputExistsError, SizeError
@@ -35,6 +37,24 @@ def test_writes_a_folder_that_equals_the_model_in_memory(tmp_path: Path) -> None
     card = (tmp_path / "deep" / "model" / "README.md").read_text()
     assert "tiny" in card and f"{plan.num_parameters:,}" in card
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [*((family, "auto") for family in FAMILIES), ("gpt_neox-tied", "auto"), ("llama", "bfloat16")],
+)
+def test_a_folder_that_is_written_tensor_by_tensor_is_what_save_pretrained_writes(
+    variant: str, dtype: str, tmp_path: Path
+) -> None:
+    chain = Chain.from_pretrained(make_chain(tmp_path / "chain", variant_model(variant)))
+    middle = (chain.anchors[0].num_parameters + chain.anchors[1].num_parameters) // 2
+    plan, whole, streamed = chain.plan(middle, tolerance=0.2), tmp_path / "whole", tmp_path / "streamed"
+    streamed.mkdir()
+    chain.initialize(plan, dtype=dtype, progress=False).save_pretrained(whole)
+    assemble_into(chain, plan, streamed, dtype, progress=False)
+    assert sorted(p.name for p in streamed.iterdir()) == sorted(p.name for p in whole.iterdir())
+    for path in whole.iterdir():
+        assert path.read_bytes() == (streamed / path.name).read_bytes(), path.name
 
 
 def test_a_refined_model_says_what_was_chosen(tmp_path: Path) -> None:
