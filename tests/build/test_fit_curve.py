@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from make_chain import make_chain, variant_model
 from tiny_recipe import built_chain, digests, tiny_recipe
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from cbd_hub.alignment import learned
 from cbd_hub.build.build import build_chain
 from cbd_hub.build.fit_curve import fit_curve
+from cbd_hub.build.inputs import BuildInputs
+from cbd_hub.build.recipe import load_recipe
 from cbd_hub.chain.chain import Chain, from_chain
 from cbd_hub.errors import CbdError, ChainNotFoundError, RecipeError
+from cbd_hub.evaluation.held_out import evaluate_loss
 
 
 def plain_recipe(**changes: Any) -> dict[str, Any]:
@@ -56,6 +62,36 @@ def test_anchors_stay_and_the_manifest_says_what_was_done(folder: Path) -> None:
     assert from_chain(folder, num_parameters=size).config.cbd_hub["method"] == "bezier"
     again = fit_curve(folder, tokens="4k", learning_rate=1e-2, progress=False)  # pairs that have one keep it
     assert again.manifest.anchors == chain.manifest.anchors
+
+
+def test_a_public_checkpoint_gets_a_control_point(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays what it is, and a model on the curve is the one that was measured while it was fitted."""
+    monkeypatch.setattr(learned, "STEPS", 5)
+    public = tmp_path / "public"
+    torch.manual_seed(5)
+    large, small = (plain / "anchors" / anchor.name for anchor in Chain.from_pretrained(plain).anchors[:2])
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small)).save_pretrained(public)
+    source = {"model": str(large)}
+    spec = {"init": str(public), "align": "learned", "tokens": 0, "name": "small"}
+    recipe = plain_recipe(source=source, tokenizer=None, anchors=[spec])
+    build_chain(recipe, tmp_path / "chain", progress=False)
+    before = digests(tmp_path / "chain" / "anchors" / "small")
+    chain = fit_curve(tmp_path / "chain", tokens="8k", learning_rate=1e-2, progress=False)
+    after = digests(tmp_path / "chain" / "anchors" / "small")
+    assert {k: v for k, v in after.items() if k != "README.md"} == {
+        k: v for k, v in before.items() if k != "README.md"
+    }
+    anchor = chain.manifest.anchors[1]
+    record = anchor.control_point
+    assert record is not None and anchor.bent
+    validation = BuildInputs(*load_recipe(recipe)).validation
+    assert validation is not None
+    for size, bent, straight in zip(record.sizes[1:], record.losses[1:], record.straight_losses[1:], strict=True):
+        for method, wanted in (("bezier", bent), ("interpolate", straight)):
+            model = from_chain(tmp_path / "chain", size, method=method)
+            assert evaluate_loss(model, validation).loss == pytest.approx(wanted, abs=1e-4)
 
 
 KILLED = """
