@@ -227,7 +227,8 @@ def make_plan(
         pair = Pair(axis_map, manifest.sizes(small), manifest.sizes(large), index_maps[small.name])
         # A trained anchor, or one of a training of its own, makes up for the units it lacks; at full weight their work
         # would be done twice. A curve was trained so.
-        whole = small.training is None or small.training.tokens > 0 or small.init is not None
+        whole = small.training is None or small.training.tokens > 0
+        whole |= small.init is not None and manifest.format > 2  # earlier chains give what they gave
         made_up_for = chosen == "bezier" or (chosen == "interpolate" and whole)
         large_only_weight = 1 - weight**2 if made_up_for else 1.0
         operations = list_operations(pair, sizes, chosen, weight, large_only_weight)
