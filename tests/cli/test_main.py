@@ -7,6 +7,7 @@ own (the installed entry point, tracebacks, progress bars, a stranger who loads 
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
