@@ -35,6 +35,7 @@ from cbd_hub.axes.sizing import parse_count
 from cbd_hub.build.inputs import BuildInputs
 from cbd_hub.build.students import curve_to_train, cut_student, refit_if_better
 from cbd_hub.chain.chain import Chain
+from cbd_hub.initialization.refit import REFIT_TOKENS
 from cbd_hub.interpolation.operations import list_operations
 from cbd_hub.interpolation.pair import Pair
 from cbd_hub.interpolation.tensors import take
@@ -95,7 +96,7 @@ class Bench:
         sizes = chain.manifest.sizes(small.entry), chain.manifest.sizes(large.entry)
         self.pair = Pair(axis_map, *sizes, chain.index_maps[small.name])
         self.smallest, self.points = Point(sizes[0], 0, (), ()), curve_points(self.pair, chain.manifest.layers_last)
-        self.fit = inputs.refit_blocks(), inputs.validation
+        self.fit = inputs.training_blocks(REFIT_TOKENS), inputs.validation
         self.cut, _ = cut_student(self.large, axis_map, sizes[0], self.pair.index_map, *self.fit, False)
 
     def loss(self, model: PreTrainedModel) -> float:

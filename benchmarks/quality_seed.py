@@ -27,6 +27,7 @@ from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.axes.sizing import Sizes, count_parameters, parse_count, solve
 from cbd_hub.build.recipe import load_recipe
 from cbd_hub.initialization.fresh import fresh_model
+from cbd_hub.initialization.refit import REFIT_TOKENS
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.text.packing import pack
@@ -60,7 +61,7 @@ class Bench(harness.Figures):
         self.test = some(made.text.test, config["test_tokens"])
         self.validation = some(made.text.validation, config["validation_tokens"])
         self.calibration = made.calibration()
-        self.refit_blocks = made.refit_blocks()
+        self.refit_blocks = made.training_blocks(REFIT_TOKENS)
         # Another domain: the reference manual of the Python language, which every interpreter carries.
         pages = [topics[name] for name in sorted(topics)]
         split = pages[::5], [page for i, page in enumerate(pages) if i % 5]
