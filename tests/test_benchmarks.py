@@ -242,7 +242,7 @@ VIEWS: dict[str, Any] = {  # script → what of its figures says that all arms w
     "losses": lambda data: [(row["vocabulary"], row["batch"], row["length"]) for row in data["rows"]],
     "train": lambda data: (data["batch"], data["length"], "plain loop" in data["ways"]),
     "fetch": lambda data: [(row["method"], row["planned_bytes"] < row["pair_bytes"]) for row in data["rows"]],
-    "align": lambda data: [(name, len(found["loss"]), len(found["alone"])) for name, found in data["pairs"].items()],
+    "align": lambda data: [(name, len(found["loss"]), len(found["middle"])) for name, found in data["pairs"].items()],
     "smollm2": lambda data: [
         len(data[key]["prune"]["in domain"]) for key in data if key.startswith("control: teacher")
     ],
@@ -255,7 +255,7 @@ WHOLE: dict[str, Any] = {
     "losses": [(4096, 2, 64)],
     "train": (4, 32, True),
     "fetch": [("interpolate", True), ("prune", True)] * 2,
-    "align": [("Llama, narrower", 3, 4)],
+    "align": [("Llama, narrower", 3, 6)],
     "smollm2": [2],
     "curve": [14],
     "bridge": [4, 4],
