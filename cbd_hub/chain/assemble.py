@@ -110,9 +110,10 @@ def assemble(
         from cbd_hub.chain.refine import choose  # which brings datasets along
 
         return choose(plan, chain.manifest, make, load_large, chain.calibration, out_dtype, progress)
-    config, tensors = _opened(chain, plan, plan.operations, out_dtype, progress)
-    model = guarded(f"config.json of anchor {large.name!r}", partial(build_model, config, dict(tensors), out_dtype))
-    _finish(chain, model, plan)
+    config = _target_config(chain, plan, large, small)
+    state = dict(_tensors(chain, plan, large, small, plan.operations, out_dtype, progress))
+    model = guarded(f"config.json of anchor {large.name!r}", partial(build_model, config, state, out_dtype))
+    _finish(chain, model, plan, large)
     return model
 
 
@@ -140,17 +141,18 @@ def assemble_into(
         IntegrityError: The anchors' files are not what the manifest says.
         ManifestError: A config contradicts the manifest.
     """
-    large = next(entry for entry in chain.manifest.anchors if entry.name == plan.large)
+    entries = {entry.name: entry for entry in chain.manifest.anchors}
+    large, small = entries[plan.large], entries[plan.small]
     out_dtype = parse_dtype(large.dtype if dtype == "auto" else dtype)
-    config = target_config(anchor_config(chain, large), plan.pair, plan.sizes)
+    config = _target_config(chain, plan, large, small)
     shapes = {op.name: op.shape for op in plan.operations}
     model = guarded(f"config.json of anchor {large.name!r}", partial(empty_model, config, shapes, out_dtype))
     keys = saved_names(model)
     operations = sorted(plan.operations, key=lambda op: keys[op.name])
-    _, tensors = _opened(chain, plan, operations, out_dtype, progress)
+    tensors = _tensors(chain, plan, large, small, operations, out_dtype, progress)
     named = ((keys[name], tensor) for name, tensor in tensors)
     write_tensors(folder / "model.safetensors", {keys[n]: shape for n, shape in shapes.items()}, out_dtype, named)
-    _finish(chain, model, plan)
+    _finish(chain, model, plan, large)
     model.config.dtype = str(out_dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
@@ -159,15 +161,24 @@ def assemble_into(
     return model.config
 
 
-def _opened(
-    chain: "Chain", plan: Plan, operations: Sequence[TensorOp], dtype: torch.dtype, progress: bool
-) -> tuple[PreTrainedConfig, Iterator[tuple[str, torch.Tensor]]]:
-    """The target's config, and its tensors in the order of some operations, made as they are asked for."""
-    entries = {entry.name: entry for entry in chain.manifest.anchors}
-    large, small = entries[plan.large], entries[plan.small]
+def _target_config(chain: "Chain", plan: Plan, large: Anchor, small: Anchor) -> PreTrainedConfig:
+    """The target's config, from the large anchor's; the small one's is checked."""
     config = target_config(anchor_config(chain, large), plan.pair, plan.sizes)
     if small is not large:
-        anchor_config(chain, small)  # checked, though what a model needs of it stands in the manifest
+        anchor_config(chain, small)  # what a model needs of it stands in the manifest
+    return config
+
+
+def _tensors(
+    chain: "Chain",
+    plan: Plan,
+    large: Anchor,
+    small: Anchor,
+    operations: Sequence[TensorOp],
+    dtype: torch.dtype,
+    progress: bool,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Opens the anchors; returns the target's tensors in the order of some operations, made as they are asked for."""
 
     def read(entry: Anchor) -> Read:
         if not plan.needed[entry.name]:
@@ -180,12 +191,11 @@ def _opened(
     read_small = read_large if small is large else read(small)
     label = f"{plan.method} {chain.manifest.name}"
     shown = progress_bar(operations, label, unit="tensor", enabled=progress)
-    return config, blend(shown, plan.pair, plan.sizes, read_large, read_small, dtype, read_control)
+    return blend(shown, plan.pair, plan.sizes, read_large, read_small, dtype, read_control)
 
 
-def _finish(chain: "Chain", model: PreTrainedModel, plan: Plan) -> None:
+def _finish(chain: "Chain", model: PreTrainedModel, plan: Plan, large: Anchor) -> None:
     """Gives a model its generation config, and its origin."""
-    large = next(entry for entry in chain.manifest.anchors if entry.name == plan.large)
     if "generation_config.json" in large.files:
         place = anchor_place(chain.location, large)
         path = checked_file(place, "generation_config.json", large.files["generation_config.json"])
