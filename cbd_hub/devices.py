@@ -9,25 +9,30 @@ from torch import nn
 __all__ = ["on_accelerator", "working_device"]
 
 
-def working_device() -> torch.device:
-    """Returns the accelerator of this process; the CPU where there is none, or none that knows float64 (Metal)."""
+def working_device(float64: bool = False) -> torch.device:
+    """Returns the accelerator of this process, or the CPU where there is none.
+
+    Args:
+        float64: The work needs float64, which Metal does not have.
+    """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if found is None or found.type == "mps" else found
+    return torch.device("cpu") if found is None or (float64 and found.type == "mps") else found
 
 
 @contextmanager
-def on_accelerator(*models: nn.Module | None) -> Iterator[None]:
+def on_accelerator(*models: nn.Module, float64: bool = False) -> Iterator[None]:
     """Moves models to :func:`working_device` for as long as the context lasts, and back to where they were.
 
     Results are those of the CPU to rounding. A model is moved in place, so its parameters stay the same objects.
 
     Args:
-        models: Each wholly on one device; None is passed over.
+        models: Each wholly on one device.
+        float64: The work needs float64.
 
-    Cost: twice the models' bytes over the bus; nothing on the CPU alone.
+    Cost: twice the models' bytes over the bus; nothing where they are on the device already.
     """
-    device = working_device()
-    places = [(model, next(model.parameters()).device) for model in models if model is not None]
+    device = working_device(float64)
+    places = [(model, next(model.parameters()).device) for model in models]
     moved = [(model, place) for model, place in places if place.type != device.type]
     try:
         for model, _ in moved:

@@ -27,12 +27,20 @@ class Recorded(nn.Linear):
 
 
 def test_models_go_to_the_accelerator_and_come_back_even_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cbd_hub.devices.working_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("cbd_hub.devices.working_device", lambda float64: torch.device("cuda"))
     first, second = Recorded(), Recorded()
-    with pytest.raises(ZeroDivisionError), on_accelerator(first, None, second):
+    with pytest.raises(ZeroDivisionError), on_accelerator(first, second):
         assert first.sent == second.sent == ["cuda"]
         _ = 1 / 0
     assert first.sent == second.sent == ["cuda", "cpu"]
+
+
+def test_metal_is_passed_over_where_float64_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert (working_device().type, working_device(float64=True).type) == ("mps", "cpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert working_device(float64=True).type == "cuda"
 
 
 def test_without_an_accelerator_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def learn_maps(
     Raises:
         AxisMapError: The map does not describe the models: maps that keep the function changed the logits.
     """
-    device = working_device()
+    device = working_device(float64=True)
     large, start = (copy.deepcopy(model).float().eval() for model in (large, small))
     maps = _Maps(start, pair).to(device)
     _learn(maps, large, start, pair, blocks, device, progress)

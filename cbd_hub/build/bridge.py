@@ -323,16 +323,16 @@ def _cut_to(
     if blocks is None:
         raise RecipeError("transplant needs calibration_tokens above 0, to rank the units of the source that are kept")
     rotated = axis_map.rotatable and small["hidden"] != large["hidden"]
-    with on_accelerator(model):
+    with on_accelerator(model, float64=True):
         if rotated:
             rotate(model, axis_map, large, blocks)
         index_map = rank(model, axis_map, large, small, blocks, rotated, progress)
-    student = cut(model, axis_map, large, small, index_map)
-    if can_refit(axis_map):
-        kept_units = kept_hidden(index_map, small["hidden"], large["hidden"])
-        layers = index_map.layers_of(small["layers"])
-        with on_accelerator(student, model):
-            refit(student, model, axis_map, layers, kept_units, blocks, progress=progress)
+        student = cut(model, axis_map, large, small, index_map)
+        if can_refit(axis_map):
+            kept_units = kept_hidden(index_map, small["hidden"], large["hidden"])
+            layers = index_map.layers_of(small["layers"])
+            with on_accelerator(student, float64=True):
+                refit(student, model, axis_map, layers, kept_units, blocks, progress=progress)
     return student
 
 

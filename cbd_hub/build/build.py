@@ -97,7 +97,7 @@ class _Build:
         sizes = axis_map.sizes(model.config)
         basis, blocks = self._basis(axis_map, sizes), self.inputs.calibration()
         if basis == "pca" and blocks is not None:
-            with on_accelerator(model):
+            with on_accelerator(model, float64=True):
                 rotate(model, axis_map, sizes, blocks)
         name = self.recipe.source.name or f"{self.recipe.name}-{format_count(count_parameters(axis_map, sizes))}"
         return _BuiltAnchor(name, model, training, None, basis)
@@ -159,11 +159,12 @@ class _Build:
             if PartialState().is_main_process:
                 save_index_maps({"": index_map}, self.state / f"step-{index}.safetensors")
         else:
-            index_map = self._rank(index, parent, teacher, axis_map, small, basis)
             blocks = self.inputs.training_blocks(REFIT_TOKENS) if self.recipe.refit else None
-            student, cut_loss = cut_student(
-                teacher, axis_map, small, index_map, blocks, self.inputs.validation, self.progress
-            )
+            with on_accelerator(teacher, float64=True):
+                index_map = self._rank(index, parent, teacher, axis_map, small, basis)
+                student, cut_loss = cut_student(
+                    teacher, axis_map, small, index_map, blocks, self.inputs.validation, self.progress
+                )
         tokens = {} if spec.tokens is None else {"tokens": spec.tokens}
         config = self.recipe.distillation.model_copy(update=tokens)
         pair = Pair(axis_map, small, large, index_map)
@@ -207,8 +208,7 @@ class _Build:
             if saved["fingerprint"] in (fingerprint, step_fingerprint(self.recipe, index)):  # an earlier version's
                 return read_index_map(saved["layers"], maps)
         large = axis_map.sizes(teacher.config)
-        with on_accelerator(teacher):
-            index_map = rank(teacher, axis_map, large, small, blocks, basis == "pca", self.progress)
+        index_map = rank(teacher, axis_map, large, small, blocks, basis == "pca", self.progress)
         if PartialState().is_main_process:
             record.unlink(missing_ok=True)  # it never stands beside maps that are not its own
             save_index_maps({"": index_map}, maps)

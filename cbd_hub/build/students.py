@@ -64,26 +64,14 @@ def refit_if_better(
 
     Arguments are those of :func:`cut_student`. Cost: two evaluations, and the passes of the refit.
     """
-    with on_accelerator(student, teacher):
-        return _refit_if_better(student, teacher, axis_map, index_map, blocks, validation, progress)
-
-
-def _refit_if_better(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    axis_map: AxisMap,
-    index_map: IndexMap,
-    blocks: Tensor,
-    validation: Documents,
-    progress: bool,
-) -> float:
-    before = evaluate_loss(student, validation).loss
-    weights: dict[str, Any] = {name: p.detach().clone() for name, p in student.named_parameters()}
     small, large = axis_map.sizes(student.config), axis_map.sizes(teacher.config)
     kept_units = kept_hidden(index_map, small["hidden"], large["hidden"])
-    refit(student, teacher, axis_map, index_map.layers_of(small["layers"]), kept_units, blocks, progress=progress)
-    if not evaluate_loss(student, validation).loss < before:
-        student.load_state_dict(weights, strict=False)
+    with on_accelerator(student, teacher, float64=True):
+        before = evaluate_loss(student, validation).loss
+        weights: dict[str, Any] = {name: p.detach().clone() for name, p in student.named_parameters()}
+        refit(student, teacher, axis_map, index_map.layers_of(small["layers"]), kept_units, blocks, progress=progress)
+        if not evaluate_loss(student, validation).loss < before:
+            student.load_state_dict(weights, strict=False)
     return before
 
 
