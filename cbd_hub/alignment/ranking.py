@@ -109,22 +109,26 @@ def _order_layers(
     straightest = _lowest(middle, angles, angles, count)
     cost, candidates = angles, [straightest]
     if blocks is not None:
+        screened, confirmed = (
+            blocks[: max(1, tokens // max(1, blocks.shape[1] - 1))] for tokens in (SCREEN_TOKENS, CALIBRATION_TOKENS)
+        )
 
-        def measure(sets: Sequence[tuple[int, ...]], tokens: int, label: str) -> None:
-            drops = LayerDrops(model, axis_map, blocks[: max(1, tokens // max(1, blocks.shape[1] - 1))])
+        def measure(sets: Sequence[tuple[int, ...]], some: Tensor, label: str) -> None:
+            drops = LayerDrops(model, axis_map, some)
             for dropped in progress_bar(sorted(sets), label, unit="set", enabled=progress):
                 losses[dropped] = drops.loss(dropped)
 
         singles = [(i,) for i in _lowest(middle, angles, angles, MAX_SINGLE_DROPS)]
-        measure(singles, SCREEN_TOKENS, "layers one by one")
+        measure(singles, screened, "layers one by one")
         cost = np.array([losses.get((i,), np.inf) for i in range(num_layers)])
         spans = [tuple(middle[i : i + count]) for i in range(len(middle) - count + 1)]
         spans.sort(key=lambda span: (angles[list(span)].sum(), span))
         candidates = list(dict.fromkeys([_lowest(middle, cost, angles, count), straightest, *spans]))
         new = [dropped for dropped in candidates if dropped not in losses]
-        measure(new[: MAX_EVALUATIONS - len(losses)], SCREEN_TOKENS, "sets of layers")
+        measure(new[: MAX_EVALUATIONS - len(losses)], screened, "sets of layers")
         candidates = sorted(candidates, key=lambda dropped: losses.get(dropped, np.inf))[:CONFIRMED]
-        measure(candidates, CALIBRATION_TOKENS, "the best sets again")
+        if len(confirmed) > len(screened):
+            measure(candidates, confirmed, "the best sets again")
     best = min(candidates, key=lambda dropped: losses.get(dropped, np.inf))
     dropped_layers = sorted(best, key=lambda i: (-cost[i], -angles[i], i))
     return np.array([i for i in range(num_layers) if i not in best] + dropped_layers, dtype=np.int64)

@@ -238,9 +238,8 @@ def solve(
         return max((abs(sizes[a] - ideal[a]) / (large[a] - small[a]) for a in along_line), default=0.0)
 
     widths = [a for a in ("hidden", "ffn") if small.get(a) != large.get(a)]
-    for axes, multiple in itertools.product(
-        (widths, widths[1:]), ROUND if round_widths else ()
-    ):  # all; then ffn alone
+    both_then_ffn = (widths, widths[1:])
+    for axes, multiple in itertools.product(both_then_ffn, ROUND if round_widths else ()):
         found: list[tuple[tuple[float, ...], dict[str, int]]] = []
         for count, sizes in _candidates(axis_map, target, small, large, ideal, multiple):
             error, astray = abs(count - target) / target, deviation(sizes)

@@ -30,8 +30,8 @@ def as_begun(recipe: Recipe, state: Path) -> Recipe:
     if not (state / "step-0.json").is_file():
         if PartialState().is_main_process:
             state.mkdir(parents=True, exist_ok=True)
-            known: dict[str, Any] = {"version": version("cbd_hub"), "control_points": True, "text_ends": True}
-            known["round_widths"] = True
+            news = dict.fromkeys(("control_points", "text_ends", "round_widths"), True)
+            known: dict[str, Any] = {"version": version("cbd_hub"), **news}
             partial = begun.with_suffix(".partial")
             partial.write_text(json.dumps({**known, "recipe": recipe.model_dump(mode="json")}))
             partial.replace(begun)

@@ -226,10 +226,9 @@ def make_plan(
     else:
         pair = Pair(axis_map, manifest.sizes(small), manifest.sizes(large), index_maps[small.name])
         # A trained anchor, or one of a training of its own, makes up for the units it lacks; at full weight their work
-        # would be done twice. A curve was trained so.
-        whole = small.training is None or small.training.tokens > 0
-        whole |= small.init is not None and manifest.format > 2  # earlier chains give what they gave
-        made_up_for = chosen == "bezier" or (chosen == "interpolate" and whole)
+        # would be done twice. A curve was trained so. Chains before format 3 give what they gave.
+        trained = small.training is None or small.training.tokens > 0 or (small.init and manifest.format > 2)
+        made_up_for = chosen == "bezier" or (chosen == "interpolate" and trained)
         large_only_weight = 1 - weight**2 if made_up_for else 1.0
         operations = list_operations(pair, sizes, chosen, weight, large_only_weight)
     expected = _expected_loss(manifest, count, chosen)
@@ -282,8 +281,9 @@ def _pair_for_count(
     i = next(i for i, count in enumerate(counts) if count < target)
     small, large = anchors[i], anchors[i - 1]
     pair = manifest.sizes(small), manifest.sizes(large)
-    how = {"shallow": manifest.layers_last, "round_widths": bool(manifest.round_widths)}
-    return small, large, solve(axis_map, target, *pair, tolerance, **how)  # type: ignore[arg-type]
+    rounded = bool(manifest.round_widths)
+    sizes = solve(axis_map, target, *pair, tolerance, shallow=manifest.layers_last, round_widths=rounded)
+    return small, large, sizes
 
 
 def _pair_for_memory(
