@@ -18,12 +18,11 @@ partner stays as matched: permutations learned along (a straight-through gradien
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cbd_hub.alignment.align import LEAST_GAIN, check_logits, first_logits, head_rows, projection_rows, rows_of
@@ -37,6 +36,8 @@ from cbd_hub.interpolation.materialize import blend_models, make_tensor
 from cbd_hub.interpolation.operations import TensorOp, list_operations
 from cbd_hub.interpolation.pair import Pair
 from cbd_hub.interpolation.tensors import region_of
+from cbd_hub.losses.distillation import distillation_loss
+from cbd_hub.losses.heads import hidden_and_head, with_weights
 from cbd_hub.progress import progress_bar
 
 __all__ = ["LEARNING_TOKENS", "learn_maps"]
@@ -61,6 +62,7 @@ def learn_maps(
     blocks: Tensor,
     held_out: Tensor,
     progress: bool = False,
+    steps: int = STEPS,
 ) -> PreTrainedModel:
     """Rewrites a small model, its function unchanged, so that weights between it and a large one lose less.
 
@@ -71,12 +73,13 @@ def learn_maps(
         blocks: (N, S) token ids to learn on; :data:`LEARNING_TOKENS` are enough.
         held_out: (M, S) token ids that decide whether the maps are kept.
         progress: Show a progress bar.
+        steps: Optimizer steps.
 
     Returns:
         The rewritten copy of ``small``, in its dtype and in ``eval()`` mode; a plain copy where the loss at alpha .5,
         half-way between the sizes, is not lower on ``held_out``. The pair's index map stays as it is.
 
-    Cost: :data:`STEPS` training steps of a model between the two, of :data:`BATCH_TOKENS` tokens each (or one block);
+    Cost: ``steps`` training steps of a model between the two, of :data:`BATCH_TOKENS` tokens each (or one block);
     both models in float32, on the accelerator if there is one.
 
     Raises:
@@ -85,17 +88,17 @@ def learn_maps(
     device = working_device(float64=True)
     large, start = (copy.deepcopy(model).float().eval() for model in (large, small))
     maps = _Maps(start, pair).to(device)
-    _learn(maps, large, start, pair, blocks, device, progress)
+    target = _halfway(pair)
+    _learn(maps, large, start, pair, target, blocks, device, progress, steps)
     learned = copy.deepcopy(start)
     with torch.no_grad():
         turned = maps.double()({n: p.detach().to(device, torch.float64) for n, p in start.named_parameters()})
         for name, parameter in learned.named_parameters():
             parameter.copy_(turned[name])
     check_logits(first_logits(start, held_out), first_logits(learned, held_out), pair.axis_map)
-    middle = list_operations(pair, _halfway(pair), "interpolate", 0.5, 0.75)
+    middle = list_operations(pair, target, "interpolate", 0.5, 0.75)
     losses = [
-        evaluate_loss(blend_models(middle, pair, _halfway(pair), large, model), held_out).loss
-        for model in (start, learned)
+        evaluate_loss(blend_models(middle, pair, target, large, model), held_out).loss for model in (start, learned)
     ]
     return (learned if losses[1] < losses[0] else start).to(small.dtype)
 
@@ -203,12 +206,13 @@ def _learn(
     large: PreTrainedModel,
     small: PreTrainedModel,
     pair: Pair,
+    target: Sizes,
     blocks: Tensor,
     device: torch.device,
     progress: bool,
+    steps: int,
 ) -> None:
     """Trains the maps in place."""
-    target = _halfway(pair)
     operations = list_operations(pair, target, "interpolate", 0.5, 0.75)
     shell = blend_models(operations, pair, target, large, small)  # a shape; its weights are never used
     nn.Module.to(shell, device)
@@ -217,10 +221,10 @@ def _learn(
     ]
     optimizer = torch.optim.Adam(maps.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 20) * 0.5 * (1 + float(np.cos(np.pi * step / STEPS)))
+        optimizer, lambda step: min(1.0, (step + 1) / 20) * 0.5 * (1 + float(np.cos(np.pi * step / steps)))
     )
     rng, batch_size = np.random.default_rng(0), max(1, BATCH_TOKENS // blocks.shape[1])
-    for _ in progress_bar(range(STEPS), "learning the alignment", total=STEPS, unit="step", enabled=progress):
+    for _ in progress_bar(range(steps), "learning the alignment", unit="step", enabled=progress):
         alpha = float(rng.uniform(*ALPHAS))
         batch = blocks[torch.from_numpy(rng.integers(len(blocks), size=batch_size))].to(device)
         turned = maps(weights[1])
@@ -228,12 +232,16 @@ def _learn(
             op.name: _between(op, pair, target, weights[0], turned)
             for op in list_operations(pair, target, "interpolate", alpha, 1 - alpha**2)
         }
-        logits = functional_call(shell, between, kwargs={"input_ids": batch, "use_cache": False}).logits
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+        loss = with_weights(shell, between, partial(_cross_entropy, batch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+
+
+def _cross_entropy(batch: Tensor, model: PreTrainedModel) -> Tensor:
+    """Nats a token of a batch (B, S), a few tokens' logits at a time."""
+    return distillation_loss(*hidden_and_head(model, batch), None, None, batch).loss
 
 
 def _between(

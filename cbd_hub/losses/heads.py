@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from cbd_hub.errors import RecipeError
 from cbd_hub.losses.chunked import Head
 from cbd_hub.manifest.index_maps import IndexMap
 
-__all__ = ["head_of", "hidden_and_head", "kept_hidden", "run_model", "unhooked"]
+__all__ = ["head_of", "hidden_and_head", "kept_hidden", "run_model", "unhooked", "with_weights"]
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -102,3 +103,29 @@ def hidden_and_head(
     if head is None:
         raise RecipeError(f"{type(model).__name__} has no head; load it with AutoModelForCausalLM.")
     return model.base_model(**inputs).last_hidden_state, head
+
+
+def with_weights(
+    model: PreTrainedModel, weights: Mapping[str, Tensor], compute: Callable[[PreTrainedModel], Tensor]
+) -> Tensor:
+    """Returns what a function makes of a model that has other weights for this call, differentiable in them.
+
+    Args:
+        model: A shape; its own weights may lie on the meta device.
+        weights: Parameter name → tensor, tied ones once.
+        compute: Called with the model.
+    """
+    named = {f"model.{name}": tensor for name, tensor in weights.items()}
+    result: Tensor = functional_call(_Inside(model), named, (compute,))
+    return result
+
+
+class _Inside(nn.Module):
+    """Calls a function with a model, as part of a module's call."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[[PreTrainedModel], Tensor]) -> Tensor:
+        return compute(self.model)

@@ -17,7 +17,6 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from cbd_hub.axes.sizing import Sizes, count_parameters, solve
@@ -28,7 +27,7 @@ from cbd_hub.interpolation.materialize import blend, build_model, make_tensor, t
 from cbd_hub.interpolation.operations import TensorOp, list_operations
 from cbd_hub.interpolation.pair import Pair
 from cbd_hub.interpolation.tensors import region_of
-from cbd_hub.losses.heads import kept_hidden
+from cbd_hub.losses.heads import kept_hidden, with_weights
 from cbd_hub.losses.hidden_states import ends_of_blocks
 from cbd_hub.manifest.manifest import CONTROL_POINTS_NAME, file_entry
 from cbd_hub.manifest.records import ControlPoint
@@ -193,9 +192,7 @@ class Curve:
         shell = self._shells.get(point.num_parameters)
         if shell is None:
             shell = self._shells[point.num_parameters] = self._shell(point)
-        tensors = {f"model.{name}": tensor for name, tensor in self.weights(point).items()}
-        result: Tensor = functional_call(_Inside(shell), tensors, (compute,))
-        return result
+        return with_weights(shell, self.weights(point), compute)
 
     def _shell(self, point: Point) -> PreTrainedModel:
         """A model of a point's shape without weights."""
@@ -285,17 +282,6 @@ def save_control_point(
     save_file({name: tensor.to(dtype).contiguous() for name, tensor in sorted(factors.items())}, partial)
     partial.replace(path)
     return record.model_copy(update={"file": file_entry(path)})
-
-
-class _Inside(nn.Module):
-    """Calls a function with a model, as part of a module's call."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, compute: Callable[[PreTrainedModel], Tensor]) -> Tensor:
-        return compute(self.model)
 
 
 class _CurveTensor(torch.autograd.Function):

@@ -24,12 +24,11 @@ def matched(large: PreTrainedModel, small: PreTrainedModel, blocks: torch.Tensor
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_function_stays(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learned, "STEPS", 8)
+def test_the_function_stays(variant: str) -> None:
     family, changes = VARIANTS[variant]
     small, pair = matched(variant_model(variant), tiny_model(tiny_config(family, **changes), seed=3), BLOCKS)
     before = {name: p.clone() for name, p in small.named_parameters()}
-    after = learn_maps(variant_model(variant), small, pair, BLOCKS, BLOCKS)
+    after = learn_maps(variant_model(variant), small, pair, BLOCKS, BLOCKS, steps=8)
     assert (logits(after) - logits(small)).abs().max() < 1e-3
     assert all(torch.equal(before[name], p) for name, p in small.named_parameters())
     moved = [name for name, p in after.named_parameters() if (p - before[name]).abs().max() > 1e-3]
@@ -40,12 +39,11 @@ def test_the_function_stays(variant: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(("family", "least"), [("llama", 0.02), ("gpt2", 0.0)])
-def test_the_loss_between_independent_models_falls(family: str, least: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learned, "STEPS", 60)
+def test_the_loss_between_independent_models_falls(family: str, least: float) -> None:
     large, held_out = trained(family, 1, 4, 96), text()[1]
     small, pair = matched(large, trained(family, 2, 3, 64), text()[0][:64])
     target = {**pair.small, "ffn": 80}
-    first, second = (learn_maps(large, small, pair, text()[0], held_out) for _ in range(2))
+    first, second = (learn_maps(large, small, pair, text()[0], held_out, steps=60) for _ in range(2))
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
     losses = [
         evaluate_loss(

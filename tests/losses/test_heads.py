@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from cbd_hub.errors import RecipeError
-from cbd_hub.losses.heads import hidden_and_head
+from cbd_hub.losses.heads import hidden_and_head, with_weights
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -61,3 +61,18 @@ def test_a_model_without_a_head_is_refused() -> None:
     model = tiny_model(tiny_config("llama")).base_model
     with pytest.raises(RecipeError, match="LlamaModel has no head"):
         hidden_and_head(model, torch.ones(1, 3, dtype=torch.long))
+
+
+def test_a_model_has_other_weights_for_one_call_and_they_get_the_gradient() -> None:
+    model, other = (tiny_model(tiny_config("llama"), torch.float64, seed=seed) for seed in (0, 1))
+    ids = torch.arange(12).view(2, 6)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in other.named_parameters()}
+    before = model(ids).logits
+    made = with_weights(model, weights, lambda inside: inside(ids).logits.square().mean())
+    made.backward()
+    expected = other(ids).logits.square().mean()
+    expected.backward()
+    assert torch.equal(made, expected)
+    for name, parameter in other.named_parameters():
+        assert torch.allclose(weights[name].grad, parameter.grad)
+    assert torch.equal(model(ids).logits, before) and all(p.grad is None for p in model.parameters())
