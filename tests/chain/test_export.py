@@ -1,9 +1,7 @@
 """A made model on disk: whole or not at all, and an ordinary model folder."""
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -130,16 +128,6 @@ def test_a_compiled_model_gives_the_same_logits(tmp_path: Path) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 
-OLDER = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
-ids = tokenizer(sys.argv[2], return_tensors="pt")["input_ids"]
-with torch.no_grad():
-    print(json.dumps({"ids": ids[0].tolist(), "last": model.float()(ids).logits[0, -1].tolist()}))
-"""
-
-
 def test_a_folder_names_what_older_readers_look_for(tmp_path: Path) -> None:
     """rope_theta at the top, a tokenizer class that transformers 4 has, and a length that means something."""
     chain = Chain.from_pretrained(built_chain())
@@ -153,23 +141,3 @@ def test_a_folder_names_what_older_readers_look_for(tmp_path: Path) -> None:
     for name in chain.tokenizer_files:  # all else of the tokenizer is copied as it is
         if name != "tokenizer_config.json":
             assert (tmp_path / "m" / name).read_bytes() == chain.tokenizer_files[name].read_bytes()
-
-
-@pytest.mark.slow
-def test_transformers_4_reads_the_same_logits(tmp_path: Path) -> None:
-    """CBD_HUB_OLDER_TRANSFORMERS is a Python that has transformers 4.57 and torch."""
-    python = os.environ.get("CBD_HUB_OLDER_TRANSFORMERS")
-    if python is None:
-        pytest.skip("set CBD_HUB_OLDER_TRANSFORMERS to a Python with transformers 4")
-    chain = Chain.from_pretrained(built_chain())
-    plan = chain.plan(chain.manifest.curve[0].num_parameters)
-    write_model(chain, plan, tmp_path / "m", progress=False)
-    text = "Fellow-Citizens of the Senate"
-    done = subprocess.run([python, "-c", OLDER, str(tmp_path / "m"), text], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    theirs = json.loads(done.stdout.splitlines()[-1])
-    ids = chain.tokenizer(text, return_tensors="pt")["input_ids"]
-    assert theirs["ids"] == ids[0].tolist()
-    with torch.no_grad():
-        expected = chain.initialize(plan, progress=False)(ids).logits[0, -1]
-    torch.testing.assert_close(torch.tensor(theirs["last"]), expected, rtol=1e-4, atol=1e-5)
