@@ -8,8 +8,8 @@ and the paper's rule beside them. Writes docs/results/curve.json after each arm,
 curve.md. Two hours on one core.
 
 ``--profile gpu`` needs no chain: it cuts a near and a wide neighbor out of SmolLM2-135M (examples/smollm2.py fetches
-it) and measures at three sizes, N = 4.83M tokens, in about 9 minutes a pair on one H100; ``--seconds 480``
-begins no arm later, and the next call goes on.
+it) and measures at three sizes, N = 4.83M tokens. It was not run on a GPU yet; counted from 135,000 tokens a second,
+a pair takes some 9 minutes of one H100 or H200. ``--seconds 480`` begins no arm later, and the next call goes on.
 """
 
 import time
@@ -46,7 +46,7 @@ from cbd_hub.training.trainer import Objective
 
 POSITIONS = tuple(k / 10 for k in range(1, 10))
 DIRECT: dict[str, tuple[float, float, tuple[float, ...]]] = {
-    # part of N → what it is, learning rate over the anchors' (the best of three on validation text), where measured
+    # part of N → what it is, learning rate over the anchors' (the best of two to four, second pair), where measured
     "N/8": (0.125, 0.25, (0.5,)),
     "N/4": (0.25, 0.5, POSITIONS),
     "N/2": (0.5, 0.5, (0.2, 0.4, 0.6, 0.8)),
