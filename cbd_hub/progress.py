@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, tqdm
 
@@ -89,19 +89,24 @@ def progress_bar(
 def transformers_bars_off(enabled: bool = True) -> Iterator[None]:
     """Keeps transformers' own bars, of loading and saving a model, away for as long as the context lasts.
 
+    Its switch for them is not used: it is huggingface_hub's as well, which silences the lines of this module.
+
     Args:
         enabled: False changes nothing.
     """
+    if not enabled:
+        yield
+        return
     from transformers.utils import logging
 
-    off = enabled and logging.is_progress_bar_enabled()
-    if off:
-        logging.disable_progress_bar()
+    def silent(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return factory(*args, **{**options, "disable": True})
+
+    previous = logging.set_tqdm_hook(silent)
     try:
         yield
     finally:
-        if off:
-            logging.enable_progress_bar()
+        logging.set_tqdm_hook(previous)
 
 
 def stage_line(text: str, enabled: bool = True) -> None:
