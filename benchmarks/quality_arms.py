@@ -6,6 +6,7 @@ blocks to patch), all choices are compared on validation text, and the best one 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from math import sqrt
 
@@ -22,13 +23,13 @@ from cbd_hub.manifest.index_maps import IndexMap
 from cbd_hub.training.distill import block_ends
 
 Loss = Callable[[PreTrainedModel], float]
+Made = tuple[PreTrainedModel, str]
+"""A model, and what was chosen to make it."""
 
 
-def best_of(candidates: Mapping[str, Callable[[], PreTrainedModel]], loss: Loss) -> tuple[str, PreTrainedModel]:
+def best_of(candidates: Mapping[str, Callable[[], PreTrainedModel]], loss: Loss) -> Made:
     """The candidate with the lowest loss, and its name."""
-    made = {name: make() for name, make in candidates.items()}
-    name = min(made, key=lambda n: loss(made[n]))
-    return name, made[name]
+    return min(((make(), name) for name, make in candidates.items()), key=lambda made: loss(made[0]))
 
 
 def random_map(axis_map: AxisMap, large: Sizes, target: Sizes, seed: int) -> IndexMap:
@@ -62,9 +63,8 @@ def subclone(large: PreTrainedModel, sizes: Sizes) -> PreTrainedModel:
     model = pruned(large, sizes, IndexMap(kept_first(kept, whole["layers"]), {"ffn": heaviest}))
     with torch.no_grad():
         for layer in range(sizes["layers"]):
-            for pattern in _ffn(axis_map)[-1:]:
-                weight = model.get_parameter(pattern.replace("*", str(layer)))
-                weight.mul_(sqrt(whole["ffn"] / sizes["ffn"]))
+            weight = model.get_parameter(_ffn(axis_map)[-1].replace("*", str(layer)))
+            weight.mul_(sqrt(whole["ffn"] / sizes["ffn"]))
     return model
 
 
@@ -102,20 +102,19 @@ def _stack(layers: Sequence[tuple[PreTrainedModel, int]], rest: PreTrainedModel)
     return build_model(config, state, torch.float32)
 
 
-def drop_layers(large: PreTrainedModel, count: int, loss: Loss) -> tuple[str, PreTrainedModel]:
+def drop_layers(large: PreTrainedModel, count: int, loss: Loss) -> Made:
     """What a passthrough merge does: the large model without a span of its layers, the best span by loss."""
     whole = axis_map_for(large.config).sizes(large.config)["layers"]
     gone = whole - count
-    spans = {f"layers {i} to {i + gone - 1} left out": i for i in range(whole - gone + 1)}
 
     def make(first: int) -> PreTrainedModel:
-        kept = [i for i in range(whole) if not first <= i < first + gone]
-        return _stack([(large, i) for i in kept], large)
+        return _stack([(large, i) for i in range(whole) if not first <= i < first + gone], large)
 
-    return best_of({name: lambda f=first: make(f) for name, first in spans.items()}, loss)
+    spans = {f"layers {i} to {i + gone - 1} left out": partial(make, i) for i in range(whole - gone + 1)}
+    return best_of(spans, loss)
 
 
-def patch(pair: Pair, count: int, loss: Loss) -> tuple[str, PreTrainedModel] | None:
+def patch(pair: Pair, count: int, loss: Loss) -> Made | None:
     """Boomerang (2025): some of a depth-only student's layers give way to the teacher's blocks that they stand for,
     the best ones by loss; None where no choice gives that many layers."""
     small, large = pair.units.small, pair.units.large
@@ -133,8 +132,8 @@ def patch(pair: Pair, count: int, loss: Loss) -> tuple[str, PreTrainedModel] | N
 
     choices = [c for n in range(len(able) + 1) for c in combinations(able, n)]
     right = [c for c in choices if small["layers"] + sum(gains[j] for j in c) == count]
-    names = {f"blocks {', '.join(map(str, c))} patched": c for c in right}
-    return best_of({name: lambda c=chosen: make(c) for name, chosen in names.items()}, loss) if right else None
+    ways = {f"blocks {', '.join(map(str, c))} patched": partial(make, c) for c in right}
+    return best_of(ways, loss) if ways else None
 
 
 def depth_only(axis_map: AxisMap, sizes: Sizes, count: int, tolerance: float = 0.005) -> int | None:
