@@ -102,7 +102,6 @@ def measure(name: str, options: argparse.Namespace, made: BuildInputs, seed: int
 
 
 def main() -> None:
-    """Measures all pairs and writes the figures."""
     options = harness.options(
         __doc__,
         tokens=(TRAINING.tokens, "of each training", 512),

@@ -42,33 +42,36 @@ from cbd_hub.text.packing import train_tokenizer
 CACHE = harness.ROOT / ".cache"
 CORPUS_ALONE = WAYS[0]
 TEST_ROWS = 48
-CHAINS: dict[str, dict[str, Any]] = {
-    "GPT-2, GPT-2's tokenizer": {
-        "architecture": "gpt2",
-        "config": {"n_embd": 192, "n_layer": 4, "n_head": 4, "n_positions": 256},
-        "smaller": {"n_layer": 3, "n_inner": 512},
-        "rates": {"fresh": 2e-3, "carried": 2e-3},
-    },
-    "Llama, 8k tokenizer": {
-        "architecture": "llama",
-        "config": {"num_hidden_layers": 8, "intermediate_size": 1024},
-        "smaller": {"num_hidden_layers": 6, "intermediate_size": 768},
-        "rates": {"fresh": 1e-3, "carried": 4e-4},
-    },
+
+
+def chain_of(config: dict[str, int], smaller: dict[str, int], fresh: float, carried: float) -> dict[str, Any]:
+    """A kind of chain: anchor zero's config, the next anchor's, and the learning rates of both kinds of blocks."""
+    architecture = "gpt2" if "n_embd" in config else "llama"
+    rates = {"fresh": fresh, "carried": carried}
+    return {"architecture": architecture, "config": config, "smaller": smaller, "rates": rates}
+
+
+CHAINS = {
+    "GPT-2, GPT-2's tokenizer": chain_of(
+        {"n_embd": 192, "n_layer": 4, "n_head": 4, "n_positions": 256}, {"n_layer": 3, "n_inner": 512}, 2e-3, 2e-3
+    ),
+    "Llama, 8k tokenizer": chain_of(
+        {"num_hidden_layers": 8, "intermediate_size": 1024},
+        {"num_hidden_layers": 6, "intermediate_size": 768},
+        1e-3,
+        4e-4,
+    ),
 }
-SMOKE: dict[str, dict[str, Any]] = {
-    "GPT-2": {
-        "architecture": "gpt2",
-        "config": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},
-        "smaller": {"n_layer": 2, "n_inner": 96},
-        "rates": {"fresh": 2e-3, "carried": 2e-3},
-    },
-    "Llama": {
-        "architecture": "llama",
-        "config": {"num_hidden_layers": 3, "intermediate_size": 64},
-        "smaller": {"num_hidden_layers": 2, "intermediate_size": 48},
-        "rates": {"fresh": 1e-3, "carried": 4e-4},
-    },
+SMOKE = {
+    "GPT-2": chain_of(
+        {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}, {"n_layer": 2, "n_inner": 96}, 2e-3, 2e-3
+    ),
+    "Llama": chain_of(
+        {"num_hidden_layers": 3, "intermediate_size": 64},
+        {"num_hidden_layers": 2, "intermediate_size": 48},
+        1e-3,
+        4e-4,
+    ),
 }
 
 
@@ -214,7 +217,6 @@ def measure(bench: Bench, name: str, kind: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measures what is missing and writes the tables."""
     options = harness.options(
         __doc__,
         seeds=([0, 1], "of every arm", [0]),

@@ -217,7 +217,6 @@ def measure(bench: Bench, seed: int, keep: Callable[[str, Callable[[], dict[str,
 
 
 def main() -> None:
-    """Measures what is missing and writes the tables."""
     options = harness.options(
         __doc__,
         "the chain of `make quickstart`",

@@ -184,7 +184,6 @@ PARTS = {"accuracy": measure_accuracy, "summaries": measure_summaries}
 
 
 def main() -> None:
-    """Measures what is missing and writes the tables."""
     options = harness.options(
         __doc__,
         "the chain of benchmarks/smollm2.py",

@@ -66,7 +66,6 @@ def measure(hub: HubServer, chain: Chain, size: int, options: dict[str, Any], ho
 
 
 def main() -> None:
-    """Publishes the chain on loopback, pulls, and writes the results."""
     positions = ([0.25, 0.75], "between neighbors, 0 to 1", [0.5])
     options = harness.options(__doc__, "the folder of a chain", positions=positions)
     chain, rows = harness.open_chain(options), []

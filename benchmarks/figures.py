@@ -40,7 +40,6 @@ def human(count: float) -> str:
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean."""
     return float(np.mean(list(values)))
 
 
@@ -243,10 +242,10 @@ class SmolLM2:
 
     def controls(self) -> dict[str, list[float]]:
         """Name → loss in the domain and in another."""
-        found, m = {}, self.middle
-        for name in (OURS, "prune", "prune + refit"):
-            if f"{m} {name}" in self.found:
-                found[f"{name} ({m / 1e6:.1f}M)"] = self.found[f"{m} {name}"]
+        names = {
+            f"{self.middle} {name}": f"{name} ({self.middle / 1e6:.1f}M)" for name in (OURS, "prune", "prune + refit")
+        }
+        found = {name: self.found[key] for key, name in names.items() if key in self.found}
         for key, value in self.found.items():
             if key.startswith("control: pruned"):
                 found["pruned + refit, then distilled on the anchor's tokens"] = value
@@ -254,7 +253,7 @@ class SmolLM2:
                 found["teacher adapted on the anchor's tokens (whole)"] = value["teacher"]
                 found["adapted teacher, pruned"] = value["prune"]
                 found["adapted teacher, pruned + refit"] = value["prune + refit"]
-        return {name: [mean(v["in domain"]), mean(v["another domain"])] for name, v in found.items()}
+        return {name: [mean(v[domain]) for domain in DOMAINS] for name, v in found.items()}
 
 
 def plot_smollm2(data: Any, path: Path) -> None:
@@ -305,11 +304,10 @@ def memory_of_7b() -> list[list[str]]:
     """Gigabytes on a GPU, and in a process's main memory, for every anchor."""
     rows = []
     for large, teacher, small, student in pairs_of_7b():
-        states = 4 * LENGTH * teacher["hidden"] * (teacher["layers"] + student["layers"])
-        needed = [(TEACHER_BYTES * large + states + TRAINED_BYTES * small / n) / 1e9 for n in (1, *GPUS)]
-        held, host = TEACHER_BYTES * large / 1e9, 4 * (large + 2 * small) / 1e9
-        rows.append([f"{small / 1e9:.2f}B", *(f"{v:.{n}f}" for v, n in ((held, 0), (states / 1e9, 1)))])
-        rows[-1] += [f"{v:.0f}" for v in (*needed, host)]
+        held, states = TEACHER_BYTES * large, 4 * LENGTH * teacher["hidden"] * (teacher["layers"] + student["layers"])
+        needed = [held + states + TRAINED_BYTES * small / n for n in (1, *GPUS)]
+        cells = [f"{v / 1e9:.0f}" for v in (*needed, 4 * (large + 2 * small))]
+        rows.append([f"{small / 1e9:.2f}B", f"{held / 1e9:.0f}", f"{states / 1e9:.1f}", *cells])
     return rows
 
 
@@ -449,27 +447,12 @@ def _losses(data: Any) -> Iterator[Lost]:
     for row in data["rows"]:
         for what, most in GOALS_OF_LOSSES.items():
             if row[what] > most:
-                yield (
-                    "chunked loss",
-                    f"vocabulary {row['vocabulary']:,}",
-                    f"{row[what]:.2f}",
-                    f"goal: {what}",
-                    f"{most}",
-                )
+                where = f"vocabulary {row['vocabulary']:,}"
+                yield "chunked loss", where, f"{row[what]:.2f}", f"goal: {what}", f"{most}"
 
 
-LOST = {
-    "quickstart": _quickstart,
-    "smollm2": _smollm2,
-    "curve": _curve,
-    "bridge": _bridge,
-    "rules": _rules,
-    "align": _align,
-    "speed": _speed,
-    "train": _train,
-    "train_scaling": _train_scaling,
-    "losses": _losses,
-}
+_FOUND_IN = _quickstart, _smollm2, _curve, _bridge, _rules, _align, _speed, _train, _train_scaling, _losses
+LOST = {function.__name__[1:]: function for function in _FOUND_IN}
 """File of figures → where something else was better in it, or a goal was missed."""
 
 

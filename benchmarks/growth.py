@@ -94,7 +94,6 @@ def build(wanted: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measures both and writes the results."""
     options = harness.options(
         __doc__,
         rounds=(3, "processes at each size; the median counts", 1),

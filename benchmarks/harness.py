@@ -1,7 +1,8 @@
 """What every benchmark stands on: its command line, figures that are kept, measured processes, text, and training.
 
 All scripts take ``--results`` (a folder; docs/results by default), ``--note`` and ``--profile smoke``: the same code
-at toy scale, in seconds to a few minutes, with results in .cache/smoke.
+at toy scale, in seconds to a few minutes, with results in .cache/smoke. Their ``main`` measures what is missing and
+writes figures and tables.
 """
 
 import os

@@ -29,7 +29,6 @@ class Mean:
 
     @property
     def mean(self) -> float:
-        """The mean itself."""
         return mean(self.values)
 
     @property

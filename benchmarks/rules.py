@@ -44,7 +44,6 @@ def by_layers(
 
 
 def main() -> None:
-    """Measures both rules over every pair of anchors and writes the tables."""
     options = harness.options(__doc__, "the chain of `make quickstart`", Path("quickstart-output/chain"))
     chain = harness.open_chain(options)
     recipe = harness.toy_recipe() if options.smoke else harness.RECIPES / "quickstart.yaml"

@@ -210,7 +210,6 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 
 
 def main() -> None:
-    """Measures what is missing and writes the tables."""
     options = harness.options(
         __doc__,
         "the chain of examples/recipes/smollm2-135m.yaml",

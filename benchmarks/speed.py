@@ -220,7 +220,6 @@ def make_case(folder: Path, scale: str, dtype: torch.dtype, sharded: bool, full:
 
 
 def main() -> None:
-    """Makes each chain, measures the ways, and writes the results after every row."""
     options = harness.options(
         __doc__,
         mergekit=(None, "folder that mergekit was installed into"),

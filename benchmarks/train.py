@@ -198,7 +198,6 @@ def check_losses(first: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
-    """Measures all ways in turns, checks that they computed the same losses, and writes the results."""
     options = harness.options(
         __doc__,
         model=(None, "folder of the teacher; by default a random one of SmolLM2-135M's shape"),

@@ -41,7 +41,6 @@ def measure(cases: list[dict[str, Any]], rounds: int, steps: int) -> list[dict[s
 
 
 def main() -> None:
-    """Measures and writes."""
     options = harness.options(
         __doc__,
         steps=(4, "timed steps", 1),
