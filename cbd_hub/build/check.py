@@ -65,6 +65,13 @@ class BuildPlan:
     seconds: float | None = None
     """Training time on this machine, from the speed of one matrix product; None where nothing is trained."""
 
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of all training: 6 a parameter and token, 2 a parameter of a teacher."""
+        pairs = pairwise(self.anchors)
+        work = sum(small.tokens * (6 * small.num_parameters + 2 * large.num_parameters) for large, small in pairs)
+        return float(work + sum(6 * a.num_parameters * a.tokens for a in self.anchors[:1]))
+
     def as_dict(self) -> dict[str, Any]:
         """Returns plain JSON values."""
         return {name: value for name, value in asdict(replace(self, errors=[])).items() if name != "errors"}
@@ -140,13 +147,12 @@ def check_inputs(inputs: BuildInputs, output: Path) -> BuildPlan:
         if recipe.source.model is not None and recipe.bridge is None:
             inputs.check_headers(recipe.source.model, recipe.source.revision, config)
     anchors: list[PlannedAnchor] = []
-    peak = seconds = 0.0
+    peak = 0.0
     with noted:
         axis_map = axis_map_for(config)
         sizes: Sizes = axis_map.sizes(config)
         count, tokens = count_parameters(axis_map, sizes), 0 if train is None else train.training.tokens
         anchors.append(PlannedAnchor(count, axis_map.config_fields(sizes), tokens, 1.0))
-        seconds = 6.0 * count * tokens
     if (recipe.data is None or not recipe.calibration_tokens) and any(spec.init is None for spec in recipe.anchors):
         warnings.append(
             "without text, units are ranked by their weights alone, and on a trained model that chose worse than "
@@ -170,21 +176,12 @@ def check_inputs(inputs: BuildInputs, output: Path) -> BuildPlan:
     for large_anchor, small_anchor in pairwise(anchors):
         trained = _STATES if small_anchor.tokens else 1
         peak = max(peak, 4 * (large_anchor.num_parameters + trained * small_anchor.num_parameters))
-        seconds += small_anchor.tokens * (6 * small_anchor.num_parameters + 2 * large_anchor.num_parameters)
     peak = max([peak, *(4.0 * a.num_parameters for a in anchors)])
     item = {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.dtype]
     disk = sum(item * a.num_parameters for a in anchors) + max((4 * a.num_parameters for a in anchors[1:]), default=0)
     _check_room(output, disk, peak, noted.found, warnings)
-    return BuildPlan(
-        recipe.name,
-        anchors,
-        noted.found,
-        warnings,
-        errors=noted.errors,
-        memory=int(peak),
-        disk=disk,
-        seconds=seconds / (_SHARE_OF_PEAK * _speed()) if seconds else None,
-    )
+    plan = BuildPlan(recipe.name, anchors, noted.found, warnings, errors=noted.errors, memory=int(peak), disk=disk)
+    return replace(plan, seconds=plan.operations / (_SHARE_OF_PEAK * _speed())) if plan.operations else plan
 
 
 class _Problems:
