@@ -4,10 +4,10 @@ Vectors are float32 in every GGUF kind. Of the matrices,
 
 - ``bf16`` takes 16 bits a weight,
 - ``q8_0`` 8.5: 32 numbers of 8 bits and a scale of 16; rows that are no multiple of 32 stay at 16,
-- ``q4_k_m`` about 4.81 in the blocks and 6.5625 in embeddings and heads: llama.cpp stores blocks as Q4_K (4.5 bits)
-  but for half of the layers' attention values and ffn outputs, some 15 % of the weights, which are Q6_K (6.5625), as
-  embeddings are. Rows that are no multiple of 256 fall back to kinds of 32 numbers, 5.5 bits as a rule, and those that
-  are no multiple of 32 to 16.
+- ``q4_k_m`` is chosen tensor by tensor, as llama.cpp does: 4.5 bits (Q4_K) as a rule; 6.5625 (Q6_K) for the head, and
+  in about half of the layers for the attention's values and the ffn's outputs; 5.5 (Q5_K) for queries, keys and values
+  in one matrix. Rows that are no multiple of 256 fall back to kinds of 32 numbers, of 5.5, 8.5 and 6 bits, and those
+  that are no multiple of 32 to 16. A head of such rows llama.cpp refuses to quantize.
 
 The files' headers, kilobytes and the vocabulary's text, come on top.
 """
@@ -24,13 +24,18 @@ __all__ = ["QUANTS", "disk_size", "format_bytes", "parse_bytes"]
 QUANTS = ("bf16", "q8_0", "q4_k_m")
 """The kinds, the largest first."""
 
-_BLOCKS, _EMBEDDINGS, _FALLBACK = 4.81, 6.5625, 5.5
+_PLAIN, _FUSED, _MORE = (4.5, 5.5), (5.5, 6.0), (6.5625, 8.5)
+"""Bits of a kind of 256 numbers, and of the kind of 32 that stands in for it."""
+_VALUES, _QKV = ".v_proj.", ("qkv_proj", "c_attn", "query_key_value")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ki?|mi?|gi?)?b?\s*")
 
 
 def disk_size(axis_map: AxisMap, sizes: Sizes, quant: str) -> int:
-    """Returns the bytes of a model's weights on disk; of ``q4_k_m`` an estimate, within some 3 %.
+    """Returns the bytes of a model's weights on disk: for Llama, Qwen2 and Qwen3 what llama.cpp writes, to the byte.
+
+    Of other families ``q4_k_m`` is an estimate by the same rule. So it is of 80 layers, whose values llama.cpp treats
+    apart.
 
     Args:
         axis_map: The resolved map of the family.
@@ -42,29 +47,41 @@ def disk_size(axis_map: AxisMap, sizes: Sizes, quant: str) -> int:
     """
     if quant not in QUANTS:
         raise SizeError(f"quant is {quant!r}; allowed: {', '.join(QUANTS)}.{did_you_mean(str(quant), QUANTS)}")
-    bits = 0.0
+    bits, layers = 0.0, sizes["layers"]
     for pattern in axis_map.tensors:
         layout = axis_map.layout(pattern)
-        count = layout.count(sizes) * (sizes["layers"] if "*" in pattern else 1)
-        shape = layout.shape(sizes)
+        count, shape = layout.count(sizes), layout.shape(sizes)
+        repeats = layers if "*" in pattern else 1
         if quant == "bf16":
-            bits += 16 * count
+            bits += 16 * count * repeats
         elif len(shape) < 2:
-            bits += 32 * count
+            bits += 32 * count * repeats
         else:
-            bits += count * _bits(quant, shape[0] if axis_map.in_out and "*" in pattern else shape[-1], "*" in pattern)
+            row = shape[0] if axis_map.in_out and "*" in pattern else shape[-1]
+            more = _in_more_bits(axis_map, pattern, layers) if quant == "q4_k_m" else 0
+            plain = _FUSED if any(name in pattern for name in _QKV) else _PLAIN
+            bits += count * (more * _bits(quant, row, _MORE) + (repeats - more) * _bits(quant, row, plain))
     return round(bits / 8)
 
 
-def _bits(quant: str, row: int, in_block: bool) -> float:
-    """Bits a weight of a matrix with rows of so many numbers."""
+def _in_more_bits(axis_map: AxisMap, pattern: str, layers: int) -> int:
+    """How many of a pattern's matrices Q4_K_M stores as Q6_K: the head, and values and ffn outputs of some layers.
+
+    The layers are the first and the last eighth, and every third of those between.
+    """
+    if "*" not in pattern:
+        return int(any(pattern in axis_map.readers(gain) for gain in axis_map.norms))
+    if _VALUES not in pattern and pattern not in axis_map.consumers("ffn"):
+        return 0
+    eighth = layers // 8
+    return sum(i < eighth or i >= 7 * layers // 8 or (i - eighth) % 3 == 2 for i in range(layers))
+
+
+def _bits(quant: str, row: int, kinds: tuple[float, float]) -> float:
+    """Bits a weight of a matrix with rows of so many numbers; of `kinds` the one that they allow."""
     if row % 32:
         return 16
-    if quant == "q8_0":
-        return 8.5
-    if row % 256:
-        return _FALLBACK
-    return _BLOCKS if in_block else _EMBEDDINGS
+    return 8.5 if quant == "q8_0" else kinds[1 if row % 256 else 0]
 
 
 def parse_bytes(value: int | float | str) -> int:

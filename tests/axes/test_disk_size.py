@@ -1,6 +1,9 @@
 """Sizes on disk, against the files that are written."""
 
+import os
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -35,6 +38,52 @@ def test_q8_0_is_what_a_file_has(tmp_path: Path, family: str, ffn: int) -> None:
     write_gguf(model, AutoTokenizer.from_pretrained(built_chain()), tmp_path / "m.gguf", "q8_0", progress=False)
     written = sum(int(t.n_bytes) for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
     assert disk_size(axis_map, axis_map.sizes(model.config), "q8_0") == written
+
+
+QUANTIZE = """
+import sys
+from cyllama.llama.llama_cpp import LlamaModelQuantizeParams, model_quantize
+parameters = LlamaModelQuantizeParams()
+parameters.ftype = 15  # Q4_K_M
+model_quantize(sys.argv[1], sys.argv[2], parameters)
+"""
+
+Q4_K_M_BYTES = {  # of the tensors of files that llama.cpp quantized: family, layers, hidden, ffn, tied head
+    ("llama", 3, 256, 768, True): 1_456_408,
+    ("llama", 8, 256, 544, False): 3_270_360,
+    ("llama", 3, 96, 200, True): 286_440,
+    ("qwen2", 9, 64, 192, False): 374_080,
+    ("qwen3", 17, 192, 512, True): 4_915_344,
+}
+
+
+def q4_k_m_config(family: str, layers: int, hidden: int, ffn: int, tied: bool) -> Any:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": hidden // 4}
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": 300}
+    return tiny_config(family, **heads, **sizes, tie_word_embeddings=tied)
+
+
+@pytest.mark.parametrize("shape", Q4_K_M_BYTES)
+def test_q4_k_m_is_what_llama_cpp_made(shape: tuple[str, int, int, int, bool]) -> None:
+    config = q4_k_m_config(*shape)
+    axis_map = axis_map_for(config)
+    assert disk_size(axis_map, axis_map.sizes(config), "q4_k_m") == Q4_K_M_BYTES[shape]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", Q4_K_M_BYTES)
+def test_llama_cpp_makes_files_of_that_size(tmp_path: Path, shape: tuple[str, int, int, int, bool]) -> None:
+    python = os.environ.get("CBD_HUB_LLAMA_CPP")
+    if python is None:
+        pytest.skip("set CBD_HUB_LLAMA_CPP to a Python with cyllama, which brings llama.cpp's quantizer")
+    model, tokenizer = tiny_model(q4_k_m_config(*shape)), AutoTokenizer.from_pretrained(built_chain())
+    write_gguf(model, tokenizer, tmp_path / "f16.gguf", "f16", progress=False)
+    command = [python, "-c", QUANTIZE, tmp_path / "f16.gguf", tmp_path / "q4.gguf"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    file = tmp_path / "q4.gguf"
+    assert sum(int(t.n_bytes) for t in gguf.GGUFReader(file).tensors) == Q4_K_M_BYTES[shape]
+    assert Q4_K_M_BYTES[shape] < file.stat().st_size < Q4_K_M_BYTES[shape] + 40_000  # names and the vocabulary
 
 
 def test_larger_kinds_are_larger_where_rows_allow_them_all() -> None:
