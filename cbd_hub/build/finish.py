@@ -15,6 +15,7 @@ from cbd_hub.chain.measure import measure_barriers, measure_curve, plot_chain
 from cbd_hub.chain.refine import save_calibration
 from cbd_hub.hub import cards
 from cbd_hub.hub.read import Location
+from cbd_hub.hub.untrusted import has_chat_template
 from cbd_hub.interpolation.checkpoints import checksum_file
 from cbd_hub.manifest import manifest as manifests
 from cbd_hub.manifest.index_maps import IndexMap, save_index_maps
@@ -136,7 +137,8 @@ def measure_chain(manifest: Manifest, inputs: BuildInputs, folder: Path, progres
 
 def write_description(manifest: Manifest, folder: Path) -> None:
     """Writes the cards of a chain and of its anchors, and ``chain.json`` last."""
-    cards.chain_card(manifest, folder=folder).save(folder / "README.md")
+    chat = has_chat_template({name: folder / name for name in manifest.tokenizer})
+    cards.chain_card(manifest, folder=folder, chat=chat).save(folder / "README.md")
     for anchor in manifest.anchors:
         cards.anchor_card(manifest, anchor).save(folder / "anchors" / anchor.name / "README.md")
     manifests.write_manifest(manifest, folder)

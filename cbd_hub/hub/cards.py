@@ -43,13 +43,16 @@ _MARKDOWN = re.compile(r"[\\`*{}\[\]<>#|!~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])
 _TAGS = ("cbd-hub", "chain-based-distillation")
 
 
-def chain_card(manifest: Manifest, repo_id: str | None = None, *, folder: Path | None = None) -> ModelCard:
+def chain_card(
+    manifest: Manifest, repo_id: str | None = None, *, folder: Path | None = None, chat: bool | None = None
+) -> ModelCard:
     """Returns the card of a chain.
 
     Args:
         manifest: The chain's manifest.
         repo_id: Where the chain is (to be) published; None writes a card that is read inside a local folder.
         folder: Folder of the chain; its :data:`CURVE_PICTURE` is shown if there is one.
+        chat: Whether the tokenizer has a chat template; None says nothing of it.
     """
     results = [r for anchor in manifest.anchors for r in _results(manifest, anchor.evaluation, f" of {anchor.name}")]
     return _render(
@@ -61,6 +64,7 @@ def chain_card(manifest: Manifest, repo_id: str | None = None, *, folder: Path |
         size=_example_size(manifest),
         picture=CURVE_PICTURE if folder is not None and (folder / CURVE_PICTURE).is_file() else None,
         common=_common(manifest),
+        chat=chat,
     )
 
 

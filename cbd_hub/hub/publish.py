@@ -21,6 +21,7 @@ from cbd_hub.files import locked_folder
 from cbd_hub.hub import cards
 from cbd_hub.hub.card_results import add_results
 from cbd_hub.hub.read import Location, anchor_place, checked_file
+from cbd_hub.hub.untrusted import has_chat_template
 from cbd_hub.hub.write import Commit, Content, Repository, State, gather
 from cbd_hub.manifest import manifest as manifests
 from cbd_hub.manifest.manifest import FileEntry, Manifest
@@ -143,7 +144,8 @@ def publish(
         anchors.append(anchor.model_copy(update=update))
     pinned = manifest.model_copy(update={"anchors": anchors})
     picture = _optional(location, cards.CURVE_PICTURE)
-    fresh = cards.chain_card(pinned, repo_id, folder=picture.parent if picture else None)
+    chat = has_chat_template({name: location.file(name) for name in manifest.tokenizer})
+    fresh = cards.chain_card(pinned, repo_id, folder=picture.parent if picture else None, chat=chat)
     content = {
         **top,
         **({cards.CURVE_PICTURE: Content(picture)} if picture else {}),

@@ -6,6 +6,7 @@ as a folder, and a tokenizer only in a folder that holds the files that the mani
 is never run. Whatever a reader makes of nonsense becomes one clear error.
 """
 
+import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from cbd_hub.manifest.json_files import read_json
 
 __all__ = [
     "guarded",
+    "has_chat_template",
     "is_tokenizer_file",
     "mend_generation_config",
     "read_config",
@@ -139,6 +141,20 @@ def mend_generation_config(config: GenerationConfig) -> list[str]:
 def is_tokenizer_file(name: str) -> bool:
     """Whether transformers would read a file of this name, relative to its folder, when it loads a tokenizer."""
     return _TOKENIZER_FILE.fullmatch(name) is not None
+
+
+def has_chat_template(files: Mapping[str, Path]) -> bool | None:
+    """Whether a tokenizer has a chat template, by its files alone; None where there is no tokenizer.
+
+    Args:
+        files: Name in the chain → file.
+    """
+    if not files:
+        return None
+    if any(name.endswith(".jinja") for name in files):
+        return True
+    config = files.get("tokenizer_config.json")
+    return config is not None and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
 
 
 def read_tokenizer(files: Mapping[str, Path], name: str) -> Tokenizer:

@@ -114,6 +114,7 @@ def test_from_text_to_a_chain_with_a_curve() -> None:
         assert small.num_parameters < point.num_parameters < large.num_parameters
         assert 0 < point.loss < math.log(300)
     assert "tiny" in (folder / "README.md").read_text()
+    assert "no chat template: these are base models" in (folder / "README.md").read_text()
     assert (folder / "size_loss.png").read_bytes().startswith(b"\x89PNG")
     assert not (folder / ".build" / "work").exists()
     assert not list(folder.rglob("*partial*"))

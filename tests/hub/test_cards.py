@@ -137,6 +137,13 @@ def test_what_was_not_measured_is_not_claimed() -> None:
     assert "tokenizer" not in card.text
 
 
+def test_a_chains_card_says_whether_it_is_for_chat() -> None:
+    told = {chat: chain_card(make_manifest(), "org/x", chat=chat).text for chat in (True, False, None)}
+    assert "The tokenizer has a chat template;" in told[True] and "base models" not in told[True]
+    assert "no chat template: these are base models" in told[False]
+    assert "chat" not in told[None]
+
+
 def test_the_picture_is_shown_where_it_lies(tmp_path: Path) -> None:
     assert CURVE_PICTURE not in chain_card(make_manifest(), folder=tmp_path).text
     (tmp_path / CURVE_PICTURE).write_bytes(b"")

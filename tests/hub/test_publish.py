@@ -152,6 +152,7 @@ def test_cards_run_as_printed(hub: HubServer, client: Client, folder: Path, tmp_
         text = hub.files(repo)["README.md"].decode()
         assert is_generated(text)
         assert f"library_name: {'cbd-hub' if repo == REPOSITORIES[0] else 'transformers'}" in text
+        assert ("has no chat template" in text) == (repo == REPOSITORIES[0])
         blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
         assert len(blocks) == 2
         for block in blocks:

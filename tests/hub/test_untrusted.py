@@ -12,6 +12,7 @@ from cbd_hub.axes.architectures import axis_map_for
 from cbd_hub.errors import IntegrityError, ManifestError
 from cbd_hub.hub.untrusted import (
     guarded,
+    has_chat_template,
     is_tokenizer_file,
     mend_generation_config,
     read_config,
@@ -77,6 +78,25 @@ def test_a_tokenizer_is_read_from_its_files_alone(tmp_path: Path) -> None:
     assert again("word 7")["input_ids"] == made("word 7")["input_ids"]
     with pytest.raises(ManifestError, match="the chain's tokenizer cannot be used"):
         read_tokenizer({"odd.json": chain / "chain.json"}, "x")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"tokenizer.json": "{}"}, False),
+        ({"tokenizer_config.json": '{"chat_template": null}'}, False),
+        ({"tokenizer_config.json": '{"chat_template": "{{ messages }}"}'}, True),
+        ({"tokenizer_config.json": "{}", "chat_template.jinja": "{{ messages }}"}, True),
+        ({"additional_chat_templates/tool_use.jinja": "{{ messages }}"}, True),
+    ],
+)
+def test_whether_there_is_a_chat_template(tmp_path: Path, files: dict[str, str], expected: bool | None) -> None:
+    paths = {}
+    for index, (name, text) in enumerate(files.items()):
+        paths[name] = tmp_path / str(index)
+        paths[name].write_text(text)
+    assert has_chat_template(paths) is expected
 
 
 def test_errors_of_every_kind_are_one() -> None:
