@@ -45,6 +45,15 @@ def problems(plan_of: dict[str, Any], output: Path) -> list[str]:
     return found
 
 
+def test_the_quickstart_draws_the_warning_that_its_comment_speaks_of() -> None:
+    place = TEXT.parents[1] / "recipes" / "quickstart.yaml"
+    (line,) = [text for text in place.read_text(encoding="utf-8").splitlines() if text.startswith("anchors:")]
+    assert "wide steps on purpose" in line
+    plan = check_recipe(place)
+    assert plan.problems == [] and str(plan).count("below 60 %") == 2
+    assert plan.anchors[-1].num_parameters / plan.anchors[0].num_parameters == pytest.approx(0.4, abs=0.01)
+
+
 def test_the_plan_is_what_is_built(tmp_path: Path) -> None:
     plan = check_recipe(tiny_recipe())
     assert plan.problems == []
