@@ -1,9 +1,11 @@
 """What a user installs: metadata, a light import, and a wheel that carries templates and types."""
 
 import configparser
+import email
 import importlib.metadata
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -76,7 +78,7 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what packages are built from, so that the checkout stays as it is and nothing stale is packed."""
     copy = tmp_path_factory.mktemp("source")
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for name in ("cbd_hub", "cards"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -89,10 +91,10 @@ def files(folder: Path, pattern: str) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in found}
 
 
-def built(kind: str, source: Path, folder: Path) -> Path:
+def built(kind: str, source: Path, folder: Path, **environment: str) -> Path:
     """The wheel or sdist of a source folder, built by the build backend itself."""
     code = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
-    run(sys.executable, "-c", code, cwd=source)
+    run(sys.executable, "-c", code, cwd=source, **{"GITHUB_REPOSITORY": "", **environment})
     (package,) = folder.glob("cbd_hub-*.whl" if kind == "wheel" else "cbd_hub-*.tar.gz")
     return package
 
@@ -155,6 +157,41 @@ def test_an_installed_package_runs_outside_the_checkout(kind: str, source: Path,
     made = ("from-chain", chain, "--num-parameters", size, "--output", "model", "--json")
     assert json.loads(run(programs / "cbd-hub", *made, cwd=elsewhere))["num_parameters"] == size
     assert "library_name: transformers" in (elsewhere / "model" / "README.md").read_text(encoding="utf-8")
+
+
+def links_of(package: Path) -> tuple[dict[str, str], list[str]]:
+    """A wheel's project links, and where the links of its description lead, code aside."""
+    with zipfile.ZipFile(package) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    urls = dict(line.split(", ", 1) for line in metadata.get_all("Project-URL", []))
+    text = re.sub(r"^```.*?^```$", "", metadata.get_payload(), flags=re.MULTILINE | re.DOTALL)
+    return urls, re.findall(r"\]\(([^)]+)\)", text)
+
+
+def test_links_of_a_release_lead_to_the_files_of_its_tag(source: Path, tmp_path: Path) -> None:
+    """The workflow that releases knows the repository; the files that links name are there."""
+    address = {"GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "owner/name"}
+    urls, links = links_of(built("wheel", source, tmp_path, **address))
+    version = importlib.metadata.version("cbd_hub")
+    blob, raw = (f"https://github.com/owner/name/{kind}/v{version}/" for kind in ("blob", "raw"))
+    assert urls == {
+        "Source": "https://github.com/owner/name",
+        "Documentation": f"{blob}docs/index.md",
+        "Changelog": f"{blob}CHANGELOG.md",
+        "Issues": "https://github.com/owner/name/issues",
+    }
+    inner = [link.removeprefix(blob).removeprefix(raw) for link in [*urls.values(), *links] if f"/v{version}/" in link]
+    assert len(inner) > 15 and all((ROOT / name).is_file() for name in inner)
+    assert {link.rpartition(".")[2] for link in links if link.startswith(raw)} == {"png"}
+    assert all(link.startswith("https://") for link in links)
+    workflow = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
+    assert 'test "$TAG" = "v$(' in workflow  # the tag that links name
+
+
+def test_a_package_that_is_built_elsewhere_names_no_repository(source: Path, tmp_path: Path) -> None:
+    urls, links = links_of(built("wheel", source, tmp_path))
+    assert urls == {} and "docs/index.md" in links
 
 
 @pytest.mark.slow
