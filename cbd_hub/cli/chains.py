@@ -211,7 +211,7 @@ def _show_chain(chain: "Chain", as_json: bool) -> None:
     if as_json:
         print_json(manifest.model_dump(mode="json", exclude={"axis_map"}, exclude_none=True))
         return
-    console = Console()
+    console = Console(highlight=False)
     console.print(
         f"{manifest.name}: a {manifest.architecture} chain (source: {manifest.source}), license "
         f"{manifest.license or 'not stated'}, basis {manifest.basis}",

@@ -6,6 +6,8 @@ standard output and nothing else there.
 """
 
 import sys
+import textwrap
+import warnings
 
 from cbd_hub.cli import chains as cli_chains
 from cbd_hub.cli import models as cli_models  # their commands join `app`, in this order
@@ -38,9 +40,22 @@ def _repeated(arguments: list[str]) -> list[str]:
     return written
 
 
+_PLAIN_WARNING = warnings.formatwarning
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this library as its words alone; any other with the place that it comes from."""
+    if category is not UserWarning or "cbd_hub" not in filename:
+        return _PLAIN_WARNING(message, category, filename, lineno, line)
+    return textwrap.fill(f"warning: {message}", 80) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.formatwarning = _warning
     try:
         app(_repeated(arguments))
     except SystemExit as end:

@@ -226,7 +226,7 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         anchor = "" if row["name"] == row["of"] else row["name"]
         labels = [row["of"], anchor] if several else [row["name"]]
         table.add_row(*map(escape, labels), f"{row['num_parameters']:,}", *map(escape, cells))
-    Console().print(table)
+    Console(highlight=False).print(table)
     if losses:
         if not one_tokenizer(rows):
             sys.stdout.write(
@@ -287,7 +287,7 @@ def recover(
     table = Table(Column("model", overflow="fold"), "tokens", "loss before", "loss after")
     for name, result in recoveries.items():
         table.add_row(name, f"{result.training.tokens:,}", f"{result.start_loss:.4f}", f"{result.final_loss:.4f}")
-    Console().print(table)
+    Console(highlight=False).print(table)
     sys.stdout.write(f"losses in nats a token, on held-out text; written to {output}\n")
 
 

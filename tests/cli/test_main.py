@@ -4,14 +4,18 @@ Most commands run in this process, with the streams caught at their file descrip
 own (the installed entry point, tracebacks, progress bars, a stranger who loads the result) gets one.
 """
 
+import fcntl
 import json
 import math
 import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -65,6 +69,24 @@ def shell(*arguments: object, **environment: str) -> Result:
         list(map(str, arguments)), capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def on_a_terminal(*arguments: object, **environment: str) -> str:
+    """What a command shows on a terminal of 80 columns, which is both of its streams; it must succeed."""
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    ours = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
+    env = {**ours, "HF_HUB_DISABLE_PROGRESS_BARS": "0", **environment}
+    command = [COMMAND, *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=env)
+    os.close(child)
+    shown = b""
+    with suppress(OSError):  # how Linux says that the other end is closed
+        while part := os.read(parent, 4096):
+            shown += part
+    os.close(parent)
+    assert process.wait() == 0, shown
+    return shown.decode().replace("\r\n", "\n")
 
 
 def failed(result: Result) -> str:
@@ -242,6 +264,31 @@ def test_a_build_in_a_pipe_says_each_stage_in_a_line_and_shows_no_bar(tmp_path: 
         assert re.search(rf"^{stage} .*\d s$", built.err, re.MULTILINE), (stage, built.err)
     assert "\r" not in built.err and "%|" not in built.err
     assert built.err.count("\n") <= 60
+
+
+@pytest.mark.parametrize(
+    ("environment", "allowed"),
+    [({"TERM": "dumb"}, set()), ({"TERM": "xterm-256color", "NO_COLOR": "1"}, {"\x1b[1m", "\x1b[0m"})],  # bold heads
+    ids=["dumb", "no color"],
+)
+def test_a_terminal_gets_no_color_no_long_line_and_times(
+    tmp_path: Path, environment: dict[str, str], allowed: set[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(), sort_keys=False))
+    told = {
+        "inspect": on_a_terminal("inspect", "quickstart", **environment),
+        "plan": on_a_terminal("plan", "quickstart", "--num-parameters", "600k", **environment),
+        "build": on_a_terminal("build", tmp_path / "recipe.yaml", "--output", tmp_path / "chain", **environment),
+    }
+    for name, text in told.items():
+        assert set(re.findall(r"\x1b.[\d;?]*[A-Za-z]?", text)) <= allowed, name
+        lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[\d;]*m", "", text))
+        assert max(map(len, lines)) <= 80, (name, max(lines, key=len))
+    assert "340.3k 3.493" in told["inspect"] and "on disk" in told["plan"]
+    assert re.search(r"^warning: the anchor of .* keeps", told["build"], re.MULTILINE)
+    assert ".py:" not in told["build"]
+    for stage in ("evaluating", "refit", "barrier above tiny-24.51k", "size-loss curve"):
+        assert re.search(rf"{stage}: .*\[\d\d:\d\d[<,]", told["build"]), stage
 
 
 def test_progress_bars_follow_the_hubs_variable(tmp_path: Path) -> None:
