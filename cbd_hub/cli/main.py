@@ -49,7 +49,7 @@ def _warning(
     """A warning of this library as its words alone; any other with the place that it comes from."""
     if category is not UserWarning or "cbd_hub" not in filename:
         return _PLAIN_WARNING(message, category, filename, lineno, line)
-    return textwrap.fill(f"warning: {message}", 80) + "\n"
+    return textwrap.fill(f"warning: {message}", 80, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
