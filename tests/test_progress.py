@@ -1,15 +1,12 @@
 """Progress on a real terminal (a pseudo one) and in a pipe, in processes of their own."""
 
-import fcntl
 import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 
 import pytest
+import terminal
 
 from cbd_hub.progress import progress_bar
 
@@ -27,20 +24,7 @@ def in_a_pipe(code: str, **more: str) -> str:
 
 
 def on_a_terminal(code: str, **more: str) -> str:
-    parent, child = pty.openpty()
-    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    subprocess.run(
-        [sys.executable, "-c", code], stderr=child, stdout=subprocess.DEVNULL, check=True, env=environment(**more)
-    )
-    os.close(child)
-    shown = b""
-    try:
-        while part := os.read(parent, 4096):
-            shown += part
-    except OSError:  # how Linux says that the other end is closed
-        pass
-    os.close(parent)
-    return shown.decode()
+    return terminal.on_a_terminal([sys.executable, "-c", code], environment(**more), subprocess.DEVNULL)
 
 
 def test_a_terminal_has_a_bar() -> None:

@@ -5,9 +5,14 @@ standard error on failure (a traceback only with ``--debug``), 2 on wrong usage.
 standard output and nothing else there.
 """
 
+import _thread
 import sys
 import textwrap
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from cbd_hub.cli import chains as cli_chains
 from cbd_hub.cli import models as cli_models  # their commands join `app`, in this order
@@ -41,15 +46,34 @@ def _repeated(arguments: list[str]) -> list[str]:
 
 
 _PLAIN_WARNING = warnings.formatwarning
+_PACKAGE = Path(__file__).parents[1]
 
 
 def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning of this library as its words alone; any other with the place that it comes from."""
-    if category is not UserWarning or "cbd_hub" not in filename:
+    if category is not UserWarning or not Path(filename).is_relative_to(_PACKAGE):
         return _PLAIN_WARNING(message, category, filename, lineno, line)
     return textwrap.fill(f"warning: {message}", 80, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Sends a Ctrl-C again that meets a destructor, where Python prints and drops it (datasets' tables have one)."""
+    previous = sys.unraisablehook
+
+    def again(dropped: "sys.UnraisableHookArgs") -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()  # here, it would be dropped once more
+        else:
+            previous(dropped)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,7 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.formatwarning = _warning
     try:
-        app(_repeated(arguments))
+        with interrupts_kept():
+            app(_repeated(arguments))
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # as the command line's library ends where somebody presses Ctrl-C
             goes_on = "; the same command goes on from here" if arguments[0] in _GOING_ON else ""

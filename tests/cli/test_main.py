@@ -4,27 +4,23 @@ Most commands run in this process, with the streams caught at their file descrip
 own (the installed entry point, tracebacks, progress bars, a stranger who loads the result) gets one.
 """
 
-import fcntl
 import json
 import math
 import os
-import pty
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import terminal
 import yaml
 from huggingface_hub import ModelCard
 from tiny_models import tiny_config, tiny_model
@@ -72,21 +68,10 @@ def shell(*arguments: object, **environment: str) -> Result:
 
 
 def on_a_terminal(*arguments: object, **environment: str) -> str:
-    """What a command shows on a terminal of 80 columns, which is both of its streams; it must succeed."""
-    parent, child = pty.openpty()
-    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    """What a command shows on a terminal of 80 columns; it must succeed."""
     ours = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
     env = {**ours, "HF_HUB_DISABLE_PROGRESS_BARS": "0", **environment}
-    command = [COMMAND, *map(str, arguments)]
-    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=env)
-    os.close(child)
-    shown = b""
-    with suppress(OSError):  # how Linux says that the other end is closed
-        while part := os.read(parent, 4096):
-            shown += part
-    os.close(parent)
-    assert process.wait() == 0, shown
-    return shown.decode().replace("\r\n", "\n")
+    return terminal.on_a_terminal([str(COMMAND), *map(str, arguments)], env).replace("\r\n", "\n")
 
 
 def failed(result: Result) -> str:
@@ -548,16 +533,38 @@ def test_a_build_that_is_interrupted_says_that_it_goes_on(tmp_path: Path) -> Non
         deadline = time.monotonic() + 100
         while not (tmp_path / "chain" / ".build" / "begun.json").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        for _ in range(10):  # Python drops an interrupt that meets a destructor or a bare except; one presses again
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                _, err = process.communicate(timeout=20)
-                break
-        else:
-            process.kill()
-            pytest.fail("ten interrupts did not stop the build")
+        process.send_signal(signal.SIGINT)
+        try:
+            _, err = process.communicate(timeout=100)
+        finally:
+            process.kill()  # a build that goes on would never end
     assert process.returncode == 130
     assert err.splitlines()[-1] == "cbd-hub: stopped; the same command goes on from here"
+
+
+IN_A_DESTRUCTOR = """
+import signal, time
+from cbd_hub.cli.main import interrupts_kept
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Pressed:
+    def __del__(self): signal.raise_signal(signal.SIGINT)
+class Broken:
+    def __del__(self): 1 / 0
+try:
+    with interrupts_kept():
+        Broken()
+        Pressed()
+        print("went on", flush=True)
+        time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost() -> None:
+    done = shell(sys.executable, "-c", IN_A_DESTRUCTOR)
+    assert done.out.splitlines() == ["went on", "interrupted"]
+    assert "ZeroDivisionError" in done.err and "KeyboardInterrupt" not in done.err
 
 
 def test_the_demo_makes_a_model_and_writes(run: Run) -> None:

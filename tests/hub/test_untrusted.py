@@ -99,6 +99,13 @@ def test_whether_there_is_a_chat_template(tmp_path: Path, files: dict[str, str],
     assert has_chat_template(paths) is expected
 
 
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff"])
+def test_a_tokenizer_config_that_is_no_json_object(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(IntegrityError, match="JSON"):
+        has_chat_template({"tokenizer_config.json": tmp_path / "x"})
+
+
 def test_errors_of_every_kind_are_one() -> None:
     def fail() -> None:
         raise RecursionError("deep\ndown")
