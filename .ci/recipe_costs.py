@@ -15,7 +15,7 @@ from typing import Any
 from public_models import lay_out
 
 from cbd_hub.axes.sizing import format_count
-from cbd_hub.build.check import BuildPlan, check_recipe
+from cbd_hub.build.check import BuildPlan, check_recipe, training_operations
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = ROOT / "docs" / "scaling.md", ROOT / "docs" / "results"
@@ -36,8 +36,8 @@ def plans() -> dict[str, BuildPlan]:
 
 
 def rate(measured: Any) -> float:
-    """Operations a second of a measured rate, in tokens a second, as :class:`BuildPlan` counts them."""
-    return float(measured["tokens_per_second"] * (6 * measured["student"] + 2 * measured["teacher"]))
+    """Operations a second of a measured rate, which is in tokens a second."""
+    return training_operations(measured["tokens_per_second"], measured["student"], measured["teacher"])
 
 
 def table(price: float) -> str:
@@ -79,8 +79,7 @@ def against_measured() -> str:
     train |= train["ways"]["AnchorTrainer, hidden states"]
     parts = []
     for (large, small), step in zip(pairwise(build["anchors"]), build["build"].values(), strict=True):
-        work = small["tokens"] * (6 * small["parameters"] + 2 * large["parameters"])
-        guess = work / rate(train)
+        guess = training_operations(small["tokens"], small["parameters"], large["parameters"]) / rate(train)
         took = step["training"]
         parts.append(f"{small['name']} {guess:.0f} s estimated, {took:.0f} s measured ({took / guess:.1f} times)")
     return (

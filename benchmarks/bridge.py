@@ -42,36 +42,31 @@ from cbd_hub.text.packing import train_tokenizer
 CACHE = harness.ROOT / ".cache"
 CORPUS_ALONE = WAYS[0]
 TEST_ROWS = 48
+RATES = {"gpt2": {"fresh": 2e-3, "carried": 2e-3}, "llama": {"fresh": 1e-3, "carried": 4e-4}}  # of the blocks
 
 
-def chain_of(config: dict[str, int], smaller: dict[str, int], fresh: float, carried: float) -> dict[str, Any]:
-    """A kind of chain: anchor zero's config, the next anchor's, and the learning rates of both kinds of blocks."""
-    architecture = "gpt2" if "n_embd" in config else "llama"
-    rates = {"fresh": fresh, "carried": carried}
-    return {"architecture": architecture, "config": config, "smaller": smaller, "rates": rates}
+def gpt2(width: int, layers: int, heads: int) -> dict[str, int]:
+    """A GPT-2's config."""
+    return {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 256}
+
+
+def llama(layers: int, ffn: int) -> dict[str, int]:
+    """What a Llama's anchors differ in."""
+    return {"num_hidden_layers": layers, "intermediate_size": ffn}
+
+
+def chain_of(architecture: str, config: dict[str, int], smaller: dict[str, int]) -> dict[str, Any]:
+    """A kind of chain: anchor zero's config, and what the next anchor's has instead."""
+    return {"architecture": architecture, "config": config, "smaller": smaller, "rates": RATES[architecture]}
 
 
 CHAINS = {
-    "GPT-2, GPT-2's tokenizer": chain_of(
-        {"n_embd": 192, "n_layer": 4, "n_head": 4, "n_positions": 256}, {"n_layer": 3, "n_inner": 512}, 2e-3, 2e-3
-    ),
-    "Llama, 8k tokenizer": chain_of(
-        {"num_hidden_layers": 8, "intermediate_size": 1024},
-        {"num_hidden_layers": 6, "intermediate_size": 768},
-        1e-3,
-        4e-4,
-    ),
+    "GPT-2, GPT-2's tokenizer": chain_of("gpt2", gpt2(192, 4, 4), {"n_layer": 3, "n_inner": 512}),
+    "Llama, 8k tokenizer": chain_of("llama", llama(8, 1024), llama(6, 768)),
 }
 SMOKE = {
-    "GPT-2": chain_of(
-        {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}, {"n_layer": 2, "n_inner": 96}, 2e-3, 2e-3
-    ),
-    "Llama": chain_of(
-        {"num_hidden_layers": 3, "intermediate_size": 64},
-        {"num_hidden_layers": 2, "intermediate_size": 48},
-        1e-3,
-        4e-4,
-    ),
+    "GPT-2": chain_of("gpt2", gpt2(32, 2, 2), {"n_layer": 2, "n_inner": 96}),
+    "Llama": chain_of("llama", llama(3, 64), llama(2, 48)),
 }
 
 

@@ -26,12 +26,20 @@ from cbd_hub.interpolation.control_points import choose_rank
 from cbd_hub.interpolation.pair import Pair
 from cbd_hub.training.trackers import check_trackers
 
-__all__ = ["BuildPlan", "PlannedAnchor", "anchor_sizes", "check_inputs", "check_recipe"]
+__all__ = ["BuildPlan", "PlannedAnchor", "anchor_sizes", "check_inputs", "check_recipe", "training_operations"]
 
 _STATES = 4
 """Copies of the trained anchor in float32: weights, gradients, and AdamW's two moments."""
 _SHARE_OF_PEAK = 0.3
 """Of the speed of a large matrix product, what a training step of a small model reaches."""
+
+
+def training_operations(tokens: float, student: int, teacher: int = 0) -> float:
+    """Returns floating-point operations: a token takes 6 a parameter of the student, 2 a parameter of the teacher.
+
+    The usual count of forward and backward passes (Kaplan et al., arXiv 2001.08361), without attention's scores.
+    """
+    return float(tokens * (6 * student + 2 * teacher))
 
 
 @dataclass(frozen=True)
@@ -67,10 +75,10 @@ class BuildPlan:
 
     @property
     def operations(self) -> float:
-        """Floating-point operations of all training: 6 a parameter and token, 2 a parameter of a teacher."""
-        pairs = pairwise(self.anchors)
-        work = sum(small.tokens * (6 * small.num_parameters + 2 * large.num_parameters) for large, small in pairs)
-        return float(work + sum(6 * a.num_parameters * a.tokens for a in self.anchors[:1]))
+        """Floating-point operations of all training, by :func:`training_operations`."""
+        teachers = [0, *(anchor.num_parameters for anchor in self.anchors)]
+        both = zip(self.anchors, teachers, strict=False)
+        return sum(training_operations(anchor.tokens, anchor.num_parameters, teacher) for anchor, teacher in both)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain JSON values."""

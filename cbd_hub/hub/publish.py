@@ -115,6 +115,7 @@ def publish(
     target = Repository(repo_id, token, branch)
     names = _repository_names(manifest, target)
     top = {name: _checked(location, name, entry) for name, entry in manifest.top_files.items()}
+    chat = has_chat_template({name: location.file(name) for name in manifest.tokenizer})
     files = _gather_files(manifest, location, progress)
     state = _usable(target, private)
     repositories = {a.name: Repository(names[a.name], token, branch) for a in manifest.anchors if not a.repo_id}
@@ -144,7 +145,6 @@ def publish(
         anchors.append(anchor.model_copy(update=update))
     pinned = manifest.model_copy(update={"anchors": anchors})
     picture = _optional(location, cards.CURVE_PICTURE)
-    chat = has_chat_template({name: location.file(name) for name in manifest.tokenizer})
     fresh = cards.chain_card(pinned, repo_id, folder=picture.parent if picture else None, chat=chat)
     content = {
         **top,

@@ -6,7 +6,6 @@ as a folder, and a tokenizer only in a folder that holds the files that the mani
 is never run. Whatever a reader makes of nonsense becomes one clear error.
 """
 
-import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -148,13 +147,16 @@ def has_chat_template(files: Mapping[str, Path]) -> bool | None:
 
     Args:
         files: Name in the chain → file.
+
+    Raises:
+        IntegrityError: ``tokenizer_config.json`` is no JSON object.
     """
     if not files:
         return None
     if any(name.endswith(".jinja") for name in files):
         return True
     config = files.get("tokenizer_config.json")
-    return config is not None and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+    return config is not None and bool(read_json(config, 1 << 24).get("chat_template"))
 
 
 def read_tokenizer(files: Mapping[str, Path], name: str) -> Tokenizer:
